@@ -1,0 +1,500 @@
+"""The steps of a creation in order, and the one road that every session takes.
+
+`drive` takes a session from wherever it stands, so a first start, an answer and a restart are the same
+code; hence every step may run twice and ends in the same place. A step does one thing to the world and
+returns what happened; the store moves the session by it. What may pass by itself is waited for here;
+when sessions are driven, and how they are stopped, is the runner's affair.
+"""
+
+import asyncio
+import getpass
+import itertools
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from app.errors import BlockedOn, Failure, StoreUnavailable, blocked_by
+from app.sessions import requests
+from app.sessions.events import timestamp
+from app.sessions.lifecycle import (
+    Accepted,
+    Begun,
+    Blocked,
+    Cancelled,
+    Checked,
+    Documented,
+    Failed,
+    Outcome,
+    Progressed,
+    Published,
+    Rendered,
+    State,
+    Transformed,
+    Warned,
+)
+from app.sessions.store import DestinationHeld, Moved, Session, Store
+from app.settings import ConfigFile, Equipment, Settings, Validator
+from app.steps import check, gate, provenance, publish, render, templates
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+Step = Callable[[Session], Awaitable[tuple[Outcome, ...] | Failure]]
+
+OWNED = frozenset({"README.md", ".exlab-wizard"})
+"""What provenance writes at the top of a tree, so that the manifest of the rendered tree leaves it out."""
+
+README_ASIDE = "README.rendered.md"
+"""Beside the tree: the README that the template rendered, from which ours can be written again and again."""
+
+SHOWN = 100
+"""Findings and warnings that a result carries; it tells the number of all."""
+
+_NAMING = {"project": "lims_project.short_id", "run": "run_date"}
+"""The field that names the folder."""
+
+RETRY_SECONDS = (1, 2, 4, 8, 10)
+
+
+class Pinned(msgspec.Struct, frozen=True, kw_only=True):
+    """What a session works with from the gate on, whatever becomes of config and template meanwhile."""
+
+    label: str
+    operator: str
+    objective: str
+    equipment: Equipment
+    template: str
+    template_version: str
+    template_path: Path
+    run_scope: str | None
+    plugins: tuple[str, ...]
+    readme: gate.ReadmeValues
+    answers: dict[str, object]
+    lims_project: dict[str, object]
+    nas_path: str
+    rules: Validator
+
+
+class Pipeline:
+    """Drives sessions of one store, one step after the other."""
+
+    def __init__(self, store: Store, renderer: render.Renderer, config: ConfigFile) -> None:
+        self._store = store
+        self._renderer = renderer
+        self._config = config
+        self._choosing_second = asyncio.Lock()
+        self._chosen: dict[str, str] = {}
+        self._steps: dict[State, Step] = {
+            State.PENDING: self._begin,
+            State.VALIDATING: self._validate,
+            State.RENDERING: self._render,
+            State.PLUGIN_PASS: self._transform,
+            State.CACHE_WRITE: self._document,
+            State.POST_VALIDATE: self._check,
+            State.SYNC_QUEUED: self._publish,
+        }
+
+    async def drive(self, session: Session) -> AsyncGenerator[Session, None]:
+        """Take `session` on, and give it back after each commit, until it ends or needs its operator.
+
+        One that comes back with `blocked_on` is to be asked for again at its `retry_at`. Moved when
+        somebody else has moved the session, or recorded its cancel.
+        """
+        # Taken up with a tree: that must be as it was when it was sealed.
+        unverified = session.state in (State.PLUGIN_PASS, State.CACHE_WRITE, State.POST_VALIDATE)
+        while session.state in self._steps:
+            session = await self._advance(session, verify=unverified)
+            unverified = unverified and session.blocked_on is not None
+            yield session
+
+    async def fail(self, session: Session, failure: Failure) -> Session:
+        """End `session` without its folder; what it had built is kept aside, and `failure` says where."""
+        return await self.record(session, await self._failed(session, failure))
+
+    async def abort(self, session: Session, stopped: tuple[str, ...]) -> Session:
+        """End a session whose cancel is recorded and whose work has stopped, with a receipt."""
+        self._chosen.pop(session.session_id, None)
+        discard = session.cancel is not None and session.cancel.discard_files
+        receipt: dict[str, object] = {"discard_files": discard, "stopped": stopped}
+        folder = self._folder(session)
+        try:
+            kept = await asyncio.to_thread(_clear, folder, None if discard else _begun(session, folder))
+            receipt |= {"discarded": kept is None, "partial_path": str(kept) if kept else None}
+        except OSError as obstacle:
+            # The data root is away. The sweep takes the folder when it is back; the operator is told now.
+            receipt |= {"discarded": False, "left": str(folder), "reason": str(obstacle)}
+        error = Failure(code="cancelled", message="The session was cancelled.", details=receipt)
+        return await self.record(session, Cancelled(error=error))
+
+    async def _advance(self, session: Session, *, verify: bool) -> Session:
+        try:
+            lost = await self._lost(session) if verify else None
+            result = lost or await self._steps[session.state](session)
+            if isinstance(result, Failure):
+                result = (await self._failed(session, result),)
+        except OSError as error:
+            obstacle = blocked_by(error)
+            if obstacle is None:
+                return await self.fail(session, _internal(session))
+            return await self._block(session, obstacle)
+        except BlockedOn as obstacle:
+            return await self._block(session, obstacle)
+        except Moved:
+            raise
+        except StoreUnavailable as unavailable:
+            return await self._block(session, BlockedOn(unavailable.code, unavailable.message))
+        except Exception:  # noqa: BLE001 - the edge of a step: whatever it is, the session must learn of it
+            return await self.fail(session, _internal(session))
+        try:
+            return await self.record(session, *result)
+        except DestinationHeld:
+            return session  # another session was quicker; the gate looks again
+        finally:
+            self._chosen.pop(session.session_id, None)
+
+    async def record(self, session: Session, *outcomes: Outcome) -> Session:
+        """Record until the store takes it: what a step has done is not done again for a full disk."""
+        for pause in itertools.chain(RETRY_SECONDS, itertools.repeat(RETRY_SECONDS[-1])):
+            try:
+                return await self._store.record(session, *outcomes)
+            except StoreUnavailable as unavailable:
+                log.warning(
+                    "The store takes no write; trying again.",
+                    session_id=session.session_id,
+                    why=str(unavailable),
+                )
+                await asyncio.sleep(pause)
+        raise AssertionError("the pauses have no end")
+
+    async def _block(self, session: Session, obstacle: BlockedOn) -> Session:
+        before = session.blocked_on or {}
+        same = before.get("code") == obstacle.code and before.get("message") == obstacle.message
+        now = datetime.now(UTC)
+        since = str(before["since"]) if same else timestamp(now)
+        waited = (now - datetime.fromisoformat(since)).total_seconds()
+        pause = next((seconds for seconds in RETRY_SECONDS if seconds > waited), RETRY_SECONDS[-1])
+        blocked = Blocked(
+            code=obstacle.code,
+            message=obstacle.message,
+            since=since,
+            retry_at=timestamp(now + timedelta(seconds=pause)),
+            again=same,
+        )
+        log.warning("A step waits for something to pass.", session_id=session.session_id, code=obstacle.code)
+        return await self.record(session, blocked)
+
+    async def _failed(self, session: Session, failure: Failure) -> Failed:
+        kept = await asyncio.to_thread(_clear, self._folder(session), session.tree)
+        if kept is None:
+            return Failed(error=failure)
+        details = (failure.details or {}) | {"partial_path": str(kept)}
+        return Failed(error=msgspec.structs.replace(failure, details=details))
+
+    async def _lost(self, session: Session) -> Failure | None:
+        """Why a session that is taken up with a tree cannot go on with it; None if it can."""
+        digest = await self._store.manifest(session.session_id)
+        if await asyncio.to_thread(publish.verify, _known(session.tree), digest, owned=OWNED):
+            return None
+        return Failure(
+            code="staging_lost", message="The files that this session had built are not as it left them."
+        )
+
+    # The steps, in the order of the road
+
+    async def _begin(self, session: Session) -> tuple[Outcome, ...]:
+        return (Begun(),)
+
+    async def _validate(self, session: Session) -> tuple[Outcome, ...] | Failure:
+        """The gate, and the pinning of what it let pass.
+
+        A run without a date takes the next second whose folder no live session holds.
+        """
+        settings = self._config.current
+        root = settings.paths.local_root
+        if root is None:
+            raise BlockedOn("setup_incomplete", "the config names no data root any more")
+        await self._found(root)
+        folder = publish.session_folder(root, session.session_id)
+        await asyncio.to_thread(_clear, folder, None)
+        passed = await self._passed(session, settings, folder)
+        if isinstance(passed, Failure):
+            return passed
+        refused = await asyncio.to_thread(templates.pin, passed.template.path, folder / "template")
+        if refused is not None:
+            return refused
+        return await asyncio.to_thread(_acceptance, session, passed, settings.validator, root)
+
+    async def _passed(self, session: Session, settings: Settings, folder: Path) -> gate.Passed | Failure:
+        inputs = _inputs(session.request)
+        if inputs.kind == "project" or inputs.run_date is not None:
+            return await self._examined(session, inputs, settings, folder, frozenset())
+        self._chosen.pop(session.session_id, None)
+        # One run after the other, so that each sees which seconds those before it have taken.
+        async with self._choosing_second:
+            # In this order: a choice is dropped from memory after it has been committed.
+            held = frozenset(self._chosen.values()) | await self._store.held()
+            passed = await self._examined(session, inputs, settings, folder, held)
+            if isinstance(passed, gate.Passed):
+                self._chosen[session.session_id] = passed.destination_key
+            return passed
+
+    async def _examined(
+        self, session: Session, inputs: gate.Inputs, settings: Settings, folder: Path, held: frozenset[str]
+    ) -> gate.Passed | Failure:
+        passed = await asyncio.to_thread(
+            gate.examine, inputs, settings, now=datetime.now(UTC), session_folder=folder, held=held
+        )
+        if isinstance(passed, Failure):
+            return passed
+        holder = await self._store.holder(session.session_id, passed.destination_key, passed.project_key)
+        if holder is None:
+            return passed
+        message = "Another session is creating this folder, or the project that it belongs to."
+        field = _NAMING[session.kind]
+        return Failure(code="destination_taken", message=message, field=field, details={"session_id": holder})
+
+    async def _found(self, root: Path) -> None:
+        """Tell a new data root from one that is not mounted: that has lost its mark."""
+        if await asyncio.to_thread(publish.root_present, root):
+            return
+        if await self._store.knows_root(root):
+            raise BlockedOn(
+                "not_mounted", f"the data root is not mounted: {root} has no {publish.STAGING} folder"
+            )
+        await asyncio.to_thread(publish.found_root, root)
+        await self._store.note_root(root)
+
+    async def _render(self, session: Session) -> tuple[Outcome, ...] | Failure:
+        pinned, destination = _pinned(session), _known(session.destination)
+        folder = publish.session_folder(_known(session.local_root), session.session_id)
+        tree = await asyncio.to_thread(publish.prepare, folder, destination)
+        job = render.Job(
+            template=folder / "template",
+            source=pinned.template_path,
+            tree=tree,
+            destination=destination,
+            answers=pinned.answers,
+        )
+        rendered = await self._rendering(session, job)
+        if isinstance(rendered, Failure):
+            return rendered
+        manifest = await asyncio.to_thread(_seal, tree)
+        outcome = Rendered(tree=tree, manifest=manifest, rendered=rendered.files, log=rendered.log)
+        # Without plugins nothing happens between the two moves, so they share a transaction.
+        return (outcome,) if pinned.plugins else (outcome, Transformed())
+
+    async def _rendering(self, session: Session, job: render.Job) -> render.Rendered | Failure:
+        telling: list[asyncio.Task[None]] = []
+
+        def progress(current: int, total: int, file: str) -> None:
+            told = Progressed(current=current, total=total, file=file)
+            telling.append(asyncio.create_task(self._tell(session, told)))
+
+        try:
+            return await self._renderer.render(job, progress)
+        finally:
+            await asyncio.gather(*telling)
+
+    async def _tell(self, session: Session, progressed: Progressed) -> None:
+        try:
+            await self._store.record(session, progressed)
+        except (Moved, StoreUnavailable) as missed:
+            log.debug("A progress was not told.", session_id=session.session_id, why=str(missed))
+
+    async def _transform(self, session: Session) -> tuple[Outcome, ...] | Failure:
+        plugins = _pinned(session).plugins
+        if not plugins:
+            return (Transformed(),)
+        return Failure(
+            code="plugin_host_unavailable",
+            message=f"The template lists plugins ({', '.join(plugins)}), which this release does not run.",
+        )
+
+    async def _document(self, session: Session) -> tuple[Outcome, ...]:
+        await asyncio.to_thread(_write_provenance, session, _pinned(session))
+        return (Documented(),)
+
+    async def _check(self, session: Session) -> tuple[Outcome, ...]:
+        findings = await asyncio.to_thread(_examine, session, _pinned(session))
+        checked = Checked(findings=tuple(msgspec.to_builtins(finding) for finding in findings))
+        if not findings:
+            return (checked,)
+        message = f"{len(findings)} findings block the copy to the NAS; the first: {findings[0].message}"
+        return (Warned(code="blocked_by_validation", message=message), checked)
+
+    async def _publish(self, session: Session) -> tuple[Outcome, ...] | Failure:
+        pinned, destination = _pinned(session), _known(session.destination)
+        refused = await asyncio.to_thread(
+            publish.publish, _known(session.tree), destination, session.session_id
+        )
+        if refused is not None:
+            return refused
+        equipment_folder = _known(session.local_root) / pinned.equipment.id
+        await asyncio.to_thread(
+            provenance.write_equipment, equipment_folder, pinned.equipment, datetime.now(UTC)
+        )
+        await asyncio.to_thread(_clear, self._folder(session), None)
+        result: dict[str, object] = {
+            "path": str(destination),
+            "sync_status": _sync_status(session.findings),
+            "blocked": bool(session.findings),
+            "findings": session.findings[:SHOWN],
+            "findings_total": len(session.findings),
+            "warnings": await self._store.warnings(session.session_id, SHOWN),
+        }
+        return (Published(result=result, nas_path=pinned.nas_path),)
+
+    def _folder(self, session: Session) -> Path | None:
+        root = session.local_root or self._config.current.paths.local_root
+        return publish.session_folder(root, session.session_id) if root else None
+
+
+def _inputs(body: requests.CreateBody) -> gate.Inputs:
+    return msgspec.convert(msgspec.to_builtins(body), type=gate.Inputs)
+
+
+def _acceptance(session: Session, passed: gate.Passed, rules: Validator, root: Path) -> tuple[Outcome, ...]:
+    lims = session.request.lims_project
+    if session.kind == "run":
+        project = root / passed.equipment.id / passed.project_short_id
+        lims = provenance.project_lims(project) or lims
+    pinned = Pinned(
+        label=passed.label,
+        operator=passed.operator,
+        objective=passed.objective,
+        equipment=passed.equipment,
+        template=passed.template.name,
+        template_version=passed.template.version,
+        template_path=passed.template.path,
+        run_scope=passed.template.run_scope,
+        plugins=passed.template.plugins,
+        readme=passed.readme,
+        answers=passed.answers,
+        lims_project=lims,
+        nas_path=provenance.nas_path(passed.equipment, root, passed.destination),
+        rules=rules,
+    )
+    accepted = Accepted(
+        destination=passed.destination,
+        destination_key=passed.destination_key,
+        project_key=passed.project_key,
+        project_short_id=passed.project_short_id,
+        local_root=root,
+        pinned=msgspec.Raw(msgspec.json.encode(pinned, enc_hook=str)),
+    )
+    return (accepted, *(Warned(code=caution.code, message=caution.message) for caution in passed.warnings))
+
+
+def _pinned(session: Session) -> Pinned:
+    pinned: Pinned = msgspec.json.decode(_known(session.pinned), type=Pinned, dec_hook=_as_path)
+    return pinned
+
+
+def _as_path(kind: type, value: Any) -> Any:
+    return Path(value) if kind is Path else value
+
+
+def _seal(tree: Path) -> str:
+    """Put the rendered README aside, and bring the tree and its manifest to the disk."""
+    readme = tree / "README.md"
+    if readme.is_file() and not readme.is_symlink():
+        (tree.parent / README_ASIDE).write_bytes(readme.read_bytes())
+    digest = publish.seal(tree, owned=OWNED)
+    publish.sync_tree(tree)
+    return digest
+
+
+def _write_provenance(session: Session, pinned: Pinned) -> None:
+    tree = _known(session.tree)
+    aside = tree.parent / README_ASIDE
+    facts = provenance.Facts(
+        session_id=session.session_id,
+        kind=session.kind,
+        run_kind=session.run_kind,
+        created_at=datetime.fromisoformat(session.created_at),
+        created_by=_account(),
+        label=pinned.label,
+        operator=pinned.operator,
+        objective=pinned.objective,
+        equipment=pinned.equipment,
+        project_short_id=_known(session.project_short_id),
+        lims_project=pinned.lims_project,
+        template_name=pinned.template,
+        template_version=pinned.template_version,
+        template_path=str(pinned.template_path),
+        template_run_scope=pinned.run_scope,
+        variables=session.request.variables,
+        template_fields=pinned.readme.template_fields,
+        config_fields=pinned.readme.config_fields,
+        custom_fields=pinned.readme.custom_fields,
+        destination=_known(session.destination),
+        nas_path=pinned.nas_path,
+        rendered_readme=aside.read_text(encoding="utf-8", errors="replace") if aside.exists() else None,
+    )
+    provenance.write(tree, facts)
+
+
+def _examine(session: Session, pinned: Pinned) -> tuple[check.Finding, ...]:
+    tree = _known(session.tree)
+    findings: tuple[check.Finding, ...] = check.check(
+        tree,
+        rendered=frozenset(session.rendered),
+        staging=tree,
+        kind=session.kind,
+        run_kind=session.run_kind,
+        destination=_known(session.destination),
+        rules=pinned.rules,
+    )
+    if findings:
+        provenance.set_sync_status(tree, _sync_status(findings))
+    return findings
+
+
+def _sync_status(findings: tuple[object, ...]) -> str:
+    return "blocked_by_validation" if findings else "pending"
+
+
+def _account() -> str:
+    """The account that the service runs under; its number where it has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _clear(folder: Path | None, tree: Path | None) -> Path | None:
+    """Remove what a session keeps aside, all but `tree`; where that is, if it was there."""
+    if folder is None or not os.path.lexists(folder):
+        return None
+    if tree is None:
+        publish.discard(folder)
+        return None
+    return publish.keep(folder, tree)
+
+
+def _begun(session: Session, folder: Path | None) -> Path | None:
+    """The tree of a session, also one that is not rendered to its end; None where nothing stands in it."""
+    if session.tree is not None or folder is None:
+        return session.tree
+    return next((tree for tree in folder.glob("*/tree") if any(tree.iterdir())), None)
+
+
+def _internal(session: Session) -> Failure:
+    """Called while an exception is handled: the log tells all, the session nothing of the inside."""
+    log.exception("A step failed unforeseen.", session_id=session.session_id, state=session.state)
+    return Failure(
+        code="internal_error",
+        message="An internal error ended this session; the log of the service tells more.",
+        details={"trace_id": session.trace_id},
+    )
+
+
+def _known(value: T | None) -> T:
+    """What the store guarantees a session in this state to have."""
+    assert value is not None
+    return value
