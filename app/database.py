@@ -24,7 +24,6 @@ import msgspec
 import structlog
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
     Column,
@@ -243,10 +242,6 @@ def _migrate(connection: Connection) -> None:
         )
     _sql(connection, f"PRAGMA application_id={APPLICATION_ID}")
     _sql(connection, "COMMIT")
-
-
-def schema_revision(connection: Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
 
 
 def _epoch(connection: Connection, path: Path) -> str:

@@ -358,7 +358,8 @@ TRIGGERS = (
 VIEWS = (
     """
     CREATE VIEW live_sessions AS
-    SELECT s.session_id, kind, run_kind, s.state, coalesce(t.phase, s.state) AS phase, label, operator, equipment_id,
+    SELECT s.session_id, kind, run_kind, s.state, coalesce(t.phase, s.state) AS phase, label, s.operator,
+        equipment_id,
         project_short_id,
         CASE WHEN s.cancel_requested_at IS NOT NULL THEN 'cancel: its processes are being stopped'
              WHEN s.blocked_on IS NOT NULL THEN 'blocked: ' || json_extract(s.blocked_on, '$.message')
