@@ -10,7 +10,6 @@ import os
 import queue
 import secrets
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +42,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from app import disk
 from app.errors import StoreBroken, StoreRefused, StoreUnavailable
 
 log = structlog.get_logger()
@@ -124,7 +124,7 @@ class Lock:
     """Held for the life of a service, beside the file, so that no second one opens the same store."""
 
     def __init__(self, path: Path) -> None:
-        self._lock = filelock.FileLock(f"{path}.lock", timeout=0)
+        self._lock = filelock.FileLock(f"{path}.lock", timeout=0, thread_local=False)
         self._holder = Path(f"{path}.lock.pid")
         self._path = path
 
@@ -174,7 +174,7 @@ def prepare(path: Path) -> Opened:
         raise StoreRefused(f"{path}: {error.orig}") from error
     finally:
         engine.dispose()
-    _sync_folder(path.parent)
+    disk.sync_folder(path.parent)
     return Opened(epoch=epoch, revision=str(script.get_current_head()), backup=backup)
 
 
@@ -222,8 +222,8 @@ def _backup(connection: Connection, path: Path, revision: str) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     target = path.with_name(f"{path.name}.before-{revision}-{stamp}-{secrets.token_hex(2)}")
     connection.exec_driver_sql("VACUUM INTO ?", (str(target),))
-    _sync_file(target)
-    _sync_folder(path.parent)
+    disk.sync_file(target)
+    disk.sync_folder(path.parent)
     log.info("The database was backed up before its migration.", event_id="store.backup", backup=str(target))
     return target
 
@@ -282,10 +282,7 @@ def _read_note(path: Path) -> dict[str, object] | None:
 
 def write_note(path: Path, position: int) -> None:
     """Leave word beside the database of which file it is and how far it had come."""
-    draft = _note(path).with_suffix(".draft")
-    draft.write_bytes(msgspec.json.encode({"inode": path.stat().st_ino, "position": position}))
-    _sync_file(draft)
-    draft.replace(_note(path))
+    disk.write_whole(_note(path), msgspec.json.encode({"inode": path.stat().st_ino, "position": position}))
 
 
 def _engine(path: Path) -> Engine:
@@ -316,24 +313,6 @@ def _read_pragmas(connection: Any, _record: object) -> None:
 
 def _sql(connection: Connection, statement: str) -> None:
     connection.exec_driver_sql(statement)
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_folder(path: Path) -> None:
-    if sys.platform == "win32":  # a folder cannot be opened there, and its entries are journalled
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Readers:

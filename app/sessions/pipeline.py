@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
+from app import disk
 from app.errors import BlockedOn, Failure, StoreUnavailable, blocked_by
 from app.sessions import requests
 from app.sessions.events import timestamp
@@ -403,7 +404,7 @@ def _seal(tree: Path) -> str:
     """Put the rendered README aside, and bring the tree and its manifest to the disk."""
     readme = tree / "README.md"
     if readme.is_file() and not readme.is_symlink():
-        (tree.parent / README_ASIDE).write_bytes(readme.read_bytes())
+        disk.write_whole(tree.parent / README_ASIDE, readme.read_bytes())
     digest = publish.seal(tree, owned=OWNED)
     publish.sync_tree(tree)
     return digest

@@ -12,7 +12,7 @@ TEXT_LIMIT = 4096
 """Characters of one answered value; the patterns of plugins are matched against no more than that."""
 
 
-class PromptField(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PromptField(msgspec.Struct, frozen=True, kw_only=True):
     """One value that a plugin asks for. `min` and `max` bound a number, or the length of a text."""
 
     id: str

@@ -190,7 +190,7 @@ class Store:
         self._readers = database.Readers(self.path)
         self._writer = database.Writer(self.path, on_broken=self._on_broken)
         self._writer.start()
-        self.epoch = opened.epoch
+        self.epoch, self.revision = opened.epoch, opened.revision
         [[row]] = await self._readers.all(select(func.coalesce(func.max(database.events.c.position), 0)))
         self.head_position = row[0]
         return opened
@@ -383,7 +383,7 @@ class Store:
             sessions.c.state.in_(LIVE), sessions.c.blocked_on.is_not(None)
         )
         [rows] = await self._readers.all(by_state.union_all(partial, blocked))
-        return {str(row[0]): int(row[1]) for row in rows}
+        return {str(name): int(count) for name, count in rows}
 
     async def partials(self, *, ended_before: str) -> list[Session]:
         """Terminal sessions whose partial tree has been kept since before `ended_before`."""

@@ -1,0 +1,155 @@
+"""Where the parts are put together: `create_app` for any ASGI server, `serve` for the command line."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import structlog
+import uvicorn
+from litestar import Litestar
+
+from app import telemetry
+from app.errors import StoreBroken, StoreRefused
+from app.sessions.events import timestamp
+from app.sessions.feed import Feed
+from app.sessions.pipeline import Pipeline
+from app.sessions.runner import Runner
+from app.sessions.store import Store
+from app.settings import ConfigFile
+from app.steps.render import Renderer
+from app.web import doors
+
+log = structlog.get_logger()
+
+CONFIG_SECONDS = 1.0
+"""How often the config file is looked at, so that a mended one counts without a restart."""
+
+BROKEN_STORE = 70
+"""Exit status when the store may be lying; a supervisor starts the service again, and that recovers."""
+
+
+class House:
+    """The parts of one running service, and the order in which they start and stop."""
+
+    def __init__(self, config: ConfigFile, *, held: bool) -> None:
+        service = config.current.service
+        self.config = config
+        self.store = Store(service.database_url, on_broken=_die)
+        self.renderer = Renderer(service)
+        self.feed = Feed(self.store)
+        pipeline = Pipeline(self.store, self.renderer, config)
+        self.runner = Runner(self.store, pipeline, keep_partial_days=service.keep_partial_days, held=held)
+        self._drain_seconds = service.drain_seconds
+
+    @asynccontextmanager
+    async def living(self) -> AsyncIterator[None]:
+        await self.store.open()
+        watching = asyncio.create_task(self._watch_config())
+        try:
+            await self.renderer.start()
+            root = self.config.current.paths.local_root
+            await self.runner.start([root] if root else [])
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+            await self.drain()
+            await self.renderer.close()
+            await self.store.close()
+
+    async def drain(self) -> None:
+        """No new sessions, no new steps; the streams end. May be asked for twice."""
+        self.feed.stop()
+        await self.runner.drain(self._drain_seconds)
+
+    async def _watch_config(self) -> None:
+        while True:
+            await self.config.refresh()
+            await asyncio.sleep(CONFIG_SECONDS)
+
+
+def create_app(house: House) -> Litestar:
+    """The application on `house`, which it starts and stops with its own life."""
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        async with house.living():
+            yield
+
+    return doors.litestar(
+        store=house.store,
+        runner=house.runner,
+        feed=house.feed,
+        config=house.config,
+        isolation=house.renderer.isolation,
+        lifespan=lifespan,
+    )
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, and drains the house before it closes the connections."""
+
+    def __init__(self, config: uvicorn.Config, house: House, announce: Path) -> None:
+        super().__init__(config)
+        self._house = house
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.should_exit or not self.servers:
+            return
+        port = int(self.servers[0].sockets[0].getsockname()[1])
+        self._announce.parent.mkdir(parents=True, exist_ok=True)
+        known = {"port": port, "pid": os.getpid(), "started_at": timestamp(datetime.now(UTC))}
+        draft = self._announce.with_suffix(".draft")
+        draft.write_bytes(msgspec.json.encode(known))
+        draft.replace(self._announce)
+        print(f"exlab-sessions ready on http://{self.config.host}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._house.drain()
+        self._announce.unlink(missing_ok=True)
+        await super().shutdown(sockets)
+
+
+def serve(config_path: Path | None, *, host: str | None, port: int | None, hold: bool) -> int:
+    """Run the service until SIGTERM or SIGINT; returns the exit status."""
+    telemetry.configure()
+    config = ConfigFile(config_path)
+    service = config.current.service
+    house = House(config, held=hold)
+    settings = uvicorn.Config(
+        doors.guarded(create_app(house), config),
+        host=host or service.host,
+        port=service.port if port is None else port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,
+        ws_max_size=64 * 1024,
+        ws_ping_interval=20,
+        ws_ping_timeout=20,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    server = Server(settings, house, service.state_dir / "server.json")
+    try:
+        server.run()
+    except StoreRefused as refused:
+        print(f"exlab-sessions: {refused}", file=sys.stderr)
+        return 1
+    return 0 if server.started else 1
+
+
+def _die(broken: StoreBroken) -> None:
+    """Stop at once, from whichever thread: nothing more may be promised on this store."""
+    log.critical("The store may be lying; the service stops. Its restart recovers.", why=str(broken))
+    print(f"exlab-sessions: the store may be lying, stopping at once: {broken}", file=sys.stderr, flush=True)
+    os._exit(BROKEN_STORE)

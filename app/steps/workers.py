@@ -1,0 +1,154 @@
+"""Worker processes that are kept warm, because starting Python and importing takes seconds.
+
+This module promises as many workers as there are slots, each given to one task at a time, and a new one
+in the place of any that was lost, stopped halfway or killed by somebody. When a task is told to have
+ended, its process is gone. A worker module calls `serve` with what it does; tasks and what is told of
+them are bytes, and mean something only to the two ends.
+"""
+
+import asyncio
+import gc
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import structlog
+
+from app.errors import ShuttingDown
+from app.steps.process import Channel, Process, apart, die_with
+
+_START_SECONDS = 60.0
+_READY, _TOLD, _ENDED = b"r", b"t", b"e"
+
+_log = structlog.get_logger(__name__)
+
+Tell = Callable[[bytes], None]
+
+
+class NotStarted(Exception):
+    """The worker ended, or hung, before it was ready; the message is what it printed."""
+
+
+class Worker:
+    """One process. It is not idle from the moment it gets a task until that is over."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.idle = True
+
+    @classmethod
+    async def start(cls, module: str) -> "Worker":
+        """Raises OSError and NotStarted."""
+        process = await Process.start(module)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                ready = await process.receive()
+        except TimeoutError:
+            await process.kill()
+            raise NotStarted(f"{module} was not ready within {_START_SECONDS:g} seconds") from None
+        except BaseException:
+            await process.kill()
+            raise
+        if ready is None:
+            await process.kill()
+            raise NotStarted(process.output)
+        return cls(process)
+
+    async def work(self, task: bytes, tell: Tell) -> int | None:
+        """Do `task` and pass on what is told of it.
+
+        Answers the exit code of the process that did it, as of `subprocess`; None when the worker is
+        lost as well. To stop the work, kill the process.
+        """
+        self.idle = False
+        await self.process.send(task)
+        while (frame := await self.process.receive()) is not None:
+            if frame[:1] == _ENDED:
+                self.idle = True
+                return int(frame[1:])
+            tell(frame[1:])
+        return None
+
+
+class Workers:
+    """A fixed number of slots; None in a slot is a worker that is to be started by whoever takes it."""
+
+    def __init__(self, module: str, count: int) -> None:
+        self._module = module
+        self._count = count
+        self._slots: asyncio.Queue[Worker | None] = asyncio.Queue()
+        self._warming: set[asyncio.Task[Worker]] = set()
+        self._closed = False
+        for _ in range(count):
+            self._slots.put_nowait(None)
+
+    def warm(self) -> None:
+        """Start the workers in the background."""
+        for _ in range(self._slots.qsize()):
+            self._slots.get_nowait()
+            self._replace()
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[Worker]:
+        """Have a worker to oneself; wait for it if none is free. Left at work, it is killed.
+
+        Raises ShuttingDown, and OSError and NotStarted where one had to be started.
+        """
+        if self._closed:
+            raise ShuttingDown
+        worker = await self._taken()
+        try:
+            yield worker
+        finally:
+            if worker.idle:
+                self._slots.put_nowait(worker)
+            else:
+                try:
+                    await worker.process.kill()
+                finally:
+                    self._replace()
+
+    async def close(self) -> None:
+        """End the workers, each as soon as the task that it still has is over or cancelled."""
+        self._closed = True
+        for warming in self._warming:
+            warming.cancel()
+        for _ in range(self._count):
+            if (worker := await self._slots.get()) is not None:
+                await worker.process.kill()
+
+    async def _taken(self) -> Worker:
+        worker = await self._slots.get()
+        try:
+            return worker if worker and worker.process.alive else await Worker.start(self._module)
+        except BaseException:
+            self._slots.put_nowait(None)
+            raise
+
+    def _replace(self) -> None:
+        if self._closed:
+            self._slots.put_nowait(None)
+            return
+        warming = asyncio.create_task(Worker.start(self._module))
+        self._warming.add(warming)
+        warming.add_done_callback(self._fill)
+
+    def _fill(self, warming: asyncio.Task[Worker]) -> None:
+        """A worker that does not start now is tried again by the task that needs it, which tells why."""
+        self._warming.discard(warming)
+        failed = warming.cancelled() or warming.exception()
+        if isinstance(failed, BaseException):
+            _log.warning("a worker could not be started", module=self._module, reason=str(failed))
+        self._slots.put_nowait(None if failed else warming.result())
+
+
+def serve(perform: Callable[[bytes, Tell], None]) -> None:
+    """The life of a worker that has imported what it needs: do each task apart until the service hangs up."""
+    channel = Channel()
+    die_with(int(sys.argv[1]))
+    gc.freeze()
+    channel.send(_READY)
+    while (task := channel.receive()) is not None:
+        exit_code = apart(channel, partial(perform, task, lambda told: channel.send(_TOLD + told)))
+        channel.send(_ENDED + str(exit_code).encode())

@@ -1,0 +1,195 @@
+"""A service that drives nothing, on a real socket in the test's own event loop.
+
+The test moves its sessions itself, so that it can show them in every state and at every pace.
+"""
+
+import asyncio
+import itertools
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import uvicorn
+from litestar import Litestar
+from websockets.asyncio.client import ClientConnection, connect
+
+from app.demo import laboratory
+from app.errors import Failure
+from app.sessions.feed import Feed
+from app.sessions.lifecycle import (
+    Accepted,
+    Asked,
+    Checked,
+    Documented,
+    Failed,
+    Progressed,
+    Published,
+    Rendered,
+    Transformed,
+)
+from app.sessions.pipeline import Pipeline
+from app.sessions.requests import CreateBody, ResumeBody, decode
+from app.sessions.runner import Runner
+from app.sessions.store import Caller, Session, Store
+from app.settings import ConfigFile
+from app.steps.render import Renderer
+from app.web import doors
+
+CALLER = Caller(principal="local", trace_id="test")
+FIELD = msgspec.Raw(b'{"id":"dose","label":"Dose","type":"number","required":true}')
+
+_numbers = itertools.count(1)
+
+
+class Held:
+    """The parts, and where they are served."""
+
+    def __init__(self, config: ConfigFile) -> None:
+        service = config.current.service
+        self.config = config
+        self.store = Store(service.database_url, on_broken=lambda broken: None)
+        self.feed = Feed(self.store)
+        pipeline = Pipeline(self.store, Renderer(service), config)
+        self.runner = Runner(self.store, pipeline, keep_partial_days=14, held=True)
+        self.port = 0
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        app = doors.litestar(
+            store=self.store,
+            runner=self.runner,
+            feed=self.feed,
+            config=self.config,
+            isolation={},
+            lifespan=self._lifespan,
+        )
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                doors.guarded(app, self.config),
+                host="127.0.0.1",
+                port=0,
+                log_config=None,
+                lifespan="on",
+                ws="websockets-sansio",
+                ws_per_message_deflate=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        serving = asyncio.create_task(self.server.serve())
+        while not self.server.started:
+            assert not serving.done(), serving
+            await asyncio.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield
+        finally:
+            self.feed.stop()
+            self.server.should_exit = True
+            await serving
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Litestar) -> AsyncIterator[None]:
+        await self.store.open()
+        try:
+            yield
+        finally:
+            await self.store.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=f"{self.url}/api/v1", timeout=30)
+
+    def socket(self, path: str, **options: Any) -> connect:
+        url = f"ws://127.0.0.1:{self.port}/api/v1{path}"
+        return connect(url, proxy=None, max_size=None, open_timeout=30, **options)
+
+    async def created(self, **changes: Any) -> Session:
+        session, _ = await self.store.create(request(**changes), CALLER)
+        return session
+
+    async def rendering(self, **changes: Any) -> Session:
+        return await self.store.record(await self.created(**changes), accepted())
+
+    async def at_plugins(self, **changes: Any) -> Session:
+        rendered = Rendered(tree=Path("/data/tree"), manifest="0" * 64, rendered=())
+        return await self.store.record(await self.rendering(**changes), rendered)
+
+    async def asking(self, session: Session | None = None, prompt_id: str = "p1") -> Session:
+        asked = Asked(prompt_id=prompt_id, plugin="doser", file=None, reason="No dose.", fields=(FIELD,))
+        return await self.store.record(session or await self.at_plugins(), asked)
+
+    async def answered(self, session: Session) -> Session:
+        return await self.store.answer(session.session_id, ResumeBody(extra_inputs={"dose": 1}), CALLER)
+
+    async def done(self, session: Session) -> Session:
+        """From the plugins to the end, in one commit."""
+        result = {"path": "/data/x", "sync_status": "pending", "blocked": False, "findings": []}
+        published = Published(result=result, nas_path="//nas/x")
+        return await self.store.record(session, Transformed(), Documented(), Checked(findings=()), published)
+
+    async def failed(self, session: Session) -> Session:
+        return await self.store.record(
+            session, Failed(error=Failure(code="render_failed", message="It broke."))
+        )
+
+    async def progressed(self, session: Session, count: int) -> Session:
+        steps = (Progressed(current=number, total=count, file=f"f{number}") for number in range(1, count + 1))
+        return await self.store.record(session, *steps)
+
+    @contextmanager
+    def unreadable(self) -> Iterator[None]:
+        """The database without its sessions, as after a hand on the shell that went wrong."""
+        with sqlite3.connect(self.store.path) as database:
+            database.execute("PRAGMA legacy_alter_table=ON")
+            database.execute("ALTER TABLE sessions RENAME TO elsewhere")
+        try:
+            yield
+        finally:
+            with sqlite3.connect(self.store.path) as database:
+                database.execute("PRAGMA legacy_alter_table=ON")
+                database.execute("ALTER TABLE elsewhere RENAME TO sessions")
+
+
+@asynccontextmanager
+async def holding(folder: Path) -> AsyncIterator[Held]:
+    """A held service on a demo laboratory in `folder`."""
+    held = Held(ConfigFile(laboratory.build(folder)))
+    async with held.served():
+        yield held
+
+
+def request(**changes: Any) -> CreateBody:
+    body = {
+        "kind": "project",
+        "equipment_id": "CONFOCAL_01",
+        "template_path": "project",
+        "label": "Pilot",
+        "operator": "asmith",
+        "objective": "See",
+    }
+    return decode(msgspec.json.encode(body | changes).decode())
+
+
+def accepted() -> Accepted:
+    """Let in, each time for another folder."""
+    key = f"/data/con/proj-{next(_numbers)}"
+    return Accepted(
+        destination=Path(key),
+        destination_key=key,
+        project_key=key,
+        project_short_id="PROJ-1",
+        local_root=Path("/data"),
+        pinned=msgspec.Raw(b"{}"),
+    )
+
+
+async def frames(socket: ClientConnection) -> list[dict[str, Any]]:
+    """Every frame until the connection is closed."""
+    return [msgspec.json.decode(frame) async for frame in socket]

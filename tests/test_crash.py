@@ -1,0 +1,182 @@
+"""kill -9 at every commit and at every step on the disk, and again during the restart.
+
+The service runs under strace, which kills it at the n-th call of a kind. The n rises until a creation
+comes through alive, so that the sweep covers its whole life. After each death the service is started
+anew, in the harder half of the cases to be killed once more on its way, and must finish by itself: one
+complete folder, one contiguous history, nothing left in the staging folder. Meanwhile a watcher sees to
+it that the destination is never there in part.
+"""
+
+import shutil
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.demo import laboratory
+from tests.service import Service, body, ended, eventually, running
+
+pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace does the killing")
+
+KINDS = {
+    "project": ("project", "CONFOCAL_01/PROJ-1", {}),
+    "experimental": ("confocal_run", "CONFOCAL_01/PROJ-1/Run_2026-04-17T14-32-05", {"run_date": "2026-04-17T14:32:05"}),
+    "test": (
+        "plate_reader_test_run",
+        "READER_01/PROJ-1/TestRuns/TestRun_2026-04-17T14-32-05",
+        {"run_date": "2026-04-17T14:32:05"},
+    ),
+}
+CALLS = {"commit": "fdatasync", "sync": "fsync", "rename": "rename,renameat2", "folder": "mkdir", "removal": "unlinkat,rmdir"}
+MOST_POINTS = 40
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> dict[str, frozenset[str]]:
+    """What each kind of folder holds when nothing goes wrong."""
+    lab = tmp_path_factory.mktemp("reference")
+    config = laboratory.build(lab)
+    with running(config) as service, service.http() as http:
+        for example, _, changes in KINDS.values():
+            created = http.post("/sessions", json=body(lab, example, **changes)).json()
+            assert ended(http, created["session_id"])["state"] == "done"
+    return {kind: _contents(lab / "data" / place) for kind, (_, place, _) in KINDS.items()}
+
+
+def _contents(folder: Path) -> frozenset[str]:
+    """The files of a published folder; the runs of a project are not part of it."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    return frozenset(str(path) for path in paths if not path.parts[0].startswith(("Run_", "TestRuns")))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_service_finishes_what_it_began(
+    kind: str, call: str, complete: dict[str, frozenset[str]], tmp_path: Path
+) -> None:
+    found: Counter[str] = Counter()
+    for number in range(1, MOST_POINTS + 1):
+        lab = tmp_path / str(number)
+        trial = _Trial(lab, kind, complete[kind])
+        died = trial.die_at(CALLS[call], number)
+        found[trial.state_at_death() if died else "alive"] += 1
+        if died and number % 2:
+            trial.die_in_restart(CALLS[call], number)
+        trial.finish()
+        trial.check()
+        shutil.rmtree(lab)
+        if not died:
+            break
+    print(f"\n{kind}, {CALLS[call]}: {sum(found.values()) - found['alive']} deaths, found in {dict(found)}")
+    assert found["alive"] == 1, "the sweep did not come to the end of the session's life"
+
+
+class _Trial:
+    """One creation that is interrupted, in a laboratory of its own."""
+
+    def __init__(self, lab: Path, kind: str, complete: frozenset[str]) -> None:
+        self._lab = lab
+        self._config = laboratory.build(lab)
+        self._example, place, self._changes = KINDS[kind]
+        self._destination = lab / "data" / place
+        self._complete = complete
+        self._answered: str | None = None
+        self._partial: list[frozenset[str]] = []
+
+    def die_at(self, calls: str, number: int) -> bool:
+        """Create under the knife; whether it fell before the session was done."""
+        with self._watched():
+            service = self._traced(calls, number)
+            try:
+                if service.ready:
+                    self._create(service)
+                return not service.alive or self._state() != "done"
+            finally:
+                service.kill()
+
+    def die_in_restart(self, calls: str, number: int) -> None:
+        """A restart under the same knife, which falls early or not at all."""
+        with self._watched():
+            service = self._traced(calls, max(1, number // 2))
+            try:
+                eventually(lambda: not service.alive or self._state() in ("done", None))
+            finally:
+                service.kill()
+
+    def finish(self) -> None:
+        with self._watched(), running(self._config) as service, service.http() as http:
+            if self._state() is None:
+                self._answered = http.post("/sessions", json=self._body()).json()["session_id"]
+            for handle in http.get("/sessions").json()["sessions"]:
+                assert ended(http, handle["session_id"])["state"] == "done", handle
+            assert service.stop() == 0
+
+    def check(self) -> None:
+        assert self._partial == []
+        assert _contents(self._destination) == self._complete
+        assert list((self._lab / "data" / ".exlab-sessions").iterdir()) == []
+        with self._sql() as store:
+            [(session_id, state, head)] = store.execute("SELECT session_id, state, head_seq FROM sessions").fetchall()
+            rows = store.execute("SELECT seq, kind FROM events ORDER BY position").fetchall()
+        assert state == "done"
+        assert self._answered in (None, session_id)
+        assert [seq for seq, _ in rows] == list(range(1, head + 1))
+        assert [kind for _, kind in rows if kind in ("done", "failed")] == [rows[-1][1]]
+
+    def state_at_death(self) -> str:
+        return self._state() or "nothing recorded"
+
+    def _create(self, service: Service) -> None:
+        try:
+            with service.http() as http:
+                self._answered = http.post("/sessions", json=self._body()).json()["session_id"]
+        except httpx.TransportError:
+            return  # it died before it answered
+        eventually(lambda: not service.alive or self._state() == "done")
+
+    def _traced(self, calls: str, number: int) -> Service:
+        knife = f"inject={calls}:signal=SIGKILL:when={number}"
+        silent = ("-f", "--seccomp-bpf", "-o", "/dev/null")
+        return Service(self._config, tracer=("strace", *silent, "-e", f"trace={calls}", "-e", knife))
+
+    def _body(self) -> dict[str, object]:
+        return body(self._lab, self._example, **self._changes)
+
+    def _state(self) -> str | None:
+        try:
+            with self._sql() as store:
+                row = store.execute("SELECT state FROM sessions").fetchone()
+        except sqlite3.OperationalError:
+            return None  # not made yet
+        return row[0] if row else None
+
+    @contextmanager
+    def _sql(self) -> Iterator[sqlite3.Connection]:
+        store = sqlite3.connect(f"file:{self._lab}/state/sessions.sqlite3?mode=ro", uri=True)
+        try:
+            yield store
+        finally:
+            store.close()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Look at the destination all the time; what is there in part is kept for `check`."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.002):
+                if self._destination.exists() and (seen := _contents(self._destination)) != self._complete:
+                    self._partial.append(seen)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
