@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -140,12 +141,19 @@ def serve(config_path: Path | None, *, host: str | None, port: int | None, hold:
         server_header=False,
     )
     server = Server(settings, house, service.state_dir / "server.json")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises a signal again after it has obeyed it; a drained service exits with 0.
+        signal.signal(number, _obeyed)
     try:
         server.run()
     except StoreRefused as refused:
         print(f"exlab-sessions: {refused}", file=sys.stderr)
         return 1
     return 0 if server.started else 1
+
+
+def _obeyed(_number: int, _frame: object) -> None:
+    """What was to be done is done."""
 
 
 def _die(broken: StoreBroken) -> None:

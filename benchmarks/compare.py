@@ -38,7 +38,9 @@ HERE = Path(__file__).parent
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=30, help="creations, and renders (default 30)")
-    options.add_argument("--frames", type=int, default=60_000, help="length of the replayed history (default 60000)")
+    options.add_argument(
+        "--frames", type=int, default=60_000, help="length of the replayed history (default 60000)"
+    )
     options.add_argument("--replays", type=int, default=5, help="replays of each kind (default 5)")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="exlab-bench-") as folder:

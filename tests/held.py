@@ -30,6 +30,7 @@ from app.sessions.lifecycle import (
     Published,
     Rendered,
     Transformed,
+    Warned,
 )
 from app.sessions.pipeline import Pipeline
 from app.sessions.requests import CreateBody, ResumeBody, decode
@@ -118,7 +119,7 @@ class Held:
         return await self.store.record(await self.created(**changes), accepted())
 
     async def at_plugins(self, **changes: Any) -> Session:
-        rendered = Rendered(tree=Path("/data/tree"), manifest="0" * 64, rendered=())
+        rendered = Rendered(tree=Path("/data/tree"), manifest="0" * 64, rendered=(), log=())
         return await self.store.record(await self.rendering(**changes), rendered)
 
     async def asking(self, session: Session | None = None, prompt_id: str = "p1") -> Session:
@@ -142,6 +143,11 @@ class Held:
     async def progressed(self, session: Session, count: int) -> Session:
         steps = (Progressed(current=number, total=count, file=f"f{number}") for number in range(1, count + 1))
         return await self.store.record(session, *steps)
+
+    async def warned(self, session: Session, count: int) -> Session:
+        """With frames so large that no socket's buffers hold them all."""
+        warning = Warned(message="x" * 4000, code="loud")
+        return await self.store.record(session, *[warning] * count)
 
     @contextmanager
     def unreadable(self) -> Iterator[None]:

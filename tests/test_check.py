@@ -269,3 +269,8 @@ def test_a_file_that_cannot_be_read_raises(tree: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(PermissionError):
         findings(tree)
+
+
+def test_a_tree_that_is_not_there_is_not_taken_for_a_clean_one(tree: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        findings(tree / "gone")

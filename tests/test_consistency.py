@@ -147,7 +147,7 @@ def _only(found: list[Complaint], level: str, session: Session, words: str) -> N
 
 def test_a_good_store_has_nothing_but_a_note_of_the_partial_tree_it_keeps(lab: Lab) -> None:
     [note] = lab.found()
-    assert (note.level, note.what) == ("note", "1 partial trees are kept")
+    assert (note.level, note.what) == ("note", "partial trees that are kept: 1")
 
 
 def test_a_store_that_is_not_there_yet_is_a_note(tmp_path: Path) -> None:

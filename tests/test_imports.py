@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FOUNDATION = ("errors", "disk", "settings", "reading", "yamltext", "database", "telemetry")
-LAYERS = (FOUNDATION, ("steps",), ("sessions",), ("web",), ("main",), ("cli",))
+LAYERS = (FOUNDATION, ("steps",), ("sessions",), ("web",), ("main", "checkup"), ("cli",))
 """From the ground up; what stands in one layer may import from it and from those below."""
 
-ASIDE: dict[str, tuple[str, ...]] = {"client": ("errors",), "demo": ()}
+ASIDE: dict[str, tuple[str, ...]] = {"client": ("errors",), "demo": (), "display": ()}
 """Parts beside the layers, and all that they may import; only the command line imports them."""
 
 DOORS = {

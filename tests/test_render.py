@@ -546,12 +546,14 @@ async def test_workers_and_renders_die_with_the_service(place: Place) -> None:
         cwd=Path(__file__).parents[1],
     )
     assert service.stdout
-    async with asyncio.timeout(30):
-        assert await service.stdout.readline() == b"under way\n"
-    processes = offspring(service.pid)
+    try:
+        async with asyncio.timeout(30):
+            assert await service.stdout.readline() == b"under way\n"
+        processes = offspring(service.pid)
+    finally:
+        service.kill()
+        await service.wait()
     assert len(processes) == 3
-    service.kill()
-    await service.wait()
     await until(lambda: not any(running(pid) for pid in processes), seconds=5)
 
 

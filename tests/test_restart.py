@@ -70,7 +70,7 @@ async def stopped_in(lab: Path, state: State, monkeypatch: pytest.MonkeyPatch) -
         dying.setattr("app.main.House.drain", _halt)
         async with living(lab) as house:
             session, _ = await house.store.create(run_body(lab), CALLER)
-            asyncio.get_running_loop().call_soon(house.runner._drive, session)
+            house.runner.wake(session.session_id)
             return await until(house.store, session.session_id, state)
 
 
@@ -124,7 +124,7 @@ async def test_a_session_that_was_only_recorded_is_taken_up(lab: Path) -> None:
         await until(house.store, "01a20a05-adf4-738d-9e10-f9ca5b286df5", State.DONE)
 
 
-@pytest.mark.parametrize("state", (State.PLUGIN_PASS, State.CACHE_WRITE, State.POST_VALIDATE))
+@pytest.mark.parametrize("state", [State.PLUGIN_PASS, State.CACHE_WRITE, State.POST_VALIDATE])
 async def test_a_tree_that_somebody_meddled_with_is_not_published(
     lab: Path, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +140,9 @@ async def test_a_tree_that_somebody_meddled_with_is_not_published(
     assert after.partial_path is not None and after.partial_path.is_dir()
 
 
-async def test_a_question_waits_through_a_restart_as_it_was_asked(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_question_waits_through_a_restart_as_it_was_asked(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = await stopped_in(lab, State.PLUGIN_PASS, monkeypatch)
     field = msgspec.Raw(b'{"id": "lot", "label": "Lot", "type": "string", "required": true}')
     asked = lifecycle.Asked(prompt_id="p-1", plugin="form", file=None, reason="no lot", fields=(field,))
@@ -200,9 +202,13 @@ async def test_a_suspect_is_driven_alone(lab: Path, monkeypatch: pytest.MonkeyPa
     async with living(lab) as house:
         await until(house.store, other.session_id, State.DONE)
         frames = await house.store.feed_after(0, 1000)
-    ended = next(frame.position for frame in frames if frame.session_id == suspect.session_id and frame.kind == "done")
+    ended = next(
+        frame.position for frame in frames if frame.session_id == suspect.session_id and frame.kind == "done"
+    )
     begun = next(
-        frame.position for frame in frames if frame.session_id == other.session_id and frame.kind == "recovered"
+        frame.position
+        for frame in frames
+        if frame.session_id == other.session_id and frame.kind == "recovered"
     )
     assert ended < begun
 

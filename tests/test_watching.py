@@ -9,7 +9,6 @@ import httpx
 import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed
 
 from app.sessions.store import Session
 from app.web import events
@@ -31,9 +30,8 @@ def seqs(found: list[dict[str, Any]]) -> list[int]:
 
 
 async def close_of(socket: ClientConnection) -> tuple[int | None, str | None]:
-    with pytest.raises(ConnectionClosed):
-        while True:
-            await socket.recv()
+    async with asyncio.timeout(20):
+        await socket.wait_closed()
     return socket.close_code, socket.close_reason
 
 
@@ -69,12 +67,12 @@ async def test_a_viewer_who_comes_late_to_an_ended_session_gets_all_of_it(held: 
 async def test_a_client_that_comes_back_goes_on_exactly_after_its_cursor(held: Held) -> None:
     session = await held.done(await held.progressed(await held.at_plugins(), 1500))
     found: list[int] = []
-    while not found or found[-1] < session.head_seq:
-        async with held.socket(of(session, f"?after={found[-1] if found else 0}")) as socket:
-            found += (
-                [msgspec.json.decode(await socket.recv())["seq"] for _ in range(3)] if len(found) < 6 else []
-            )
-            found += seqs(await frames(socket)) if len(found) >= 6 else []
+    for _ in range(3):
+        async with held.socket(of(session, f"?after={len(found)}")) as socket:
+            found += [msgspec.json.decode(await socket.recv())["seq"] for _ in range(333)]
+            socket.transport.abort()
+    async with held.socket(of(session, f"?after={len(found)}")) as socket:
+        found += seqs(await frames(socket))
     assert found == list(range(1, session.head_seq + 1))
 
 
@@ -189,7 +187,7 @@ async def test_a_slow_viewer_loses_nothing_and_holds_nobody_up(held: Held) -> No
     session = await held.at_plugins()
     async with held.socket(of(session, "?after=0"), max_queue=1) as slow:
         await slow.recv()
-        session = await held.done(await held.progressed(session, 20_000))
+        session = await held.done(await held.warned(session, 5000))
         async with held.socket(of(session, "?after=0")) as quick:
             assert len(await frames(quick)) == session.head_seq
         assert seqs(await frames(slow)) == list(range(2, session.head_seq + 1))
@@ -290,7 +288,6 @@ async def test_a_page_has_at_most_so_many_events_and_says_where_the_head_is(held
         ("?limit=0", 422, "validation_failed"),
         ("?limit=1001", 422, "validation_failed"),
         ("?limit=x", 422, "validation_failed"),
-        ("?limit=1&limit=2", 422, "validation_failed"),
     ],
 )
 async def test_a_page_that_cannot_be_is_refused(held: Held, query: str, status: int, code: str) -> None:

@@ -359,7 +359,7 @@ def _in_staging(staging: Path, residents: Iterable[str], rows: Mapping[str, _Row
             kept += 1
     if kept:
         advice = "they are removed after service.keep_partial_days"
-        yield Complaint("note", f"{kept} partial trees are kept", str(staging), advice)
+        yield Complaint("note", f"partial trees that are kept: {kept}", str(staging), advice)
 
 
 def _of(row: _Row, level: Literal["error", "warning", "note"], what: str, advice: str) -> Complaint:

@@ -129,8 +129,10 @@ def _ruleset(abi: int, handled: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
 
 
 def _allow(ruleset: int, place: Path, rights: int) -> None:
+    if sys.platform != "linux":
+        return
     try:
-        folder = os.open(place, os.O_PATH | os.O_CLOEXEC) if sys.platform == "linux" else -1
+        folder = os.open(place, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return
     try:

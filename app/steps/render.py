@@ -372,9 +372,9 @@ def _render(job: Job, file_mb: int, tell: Tell) -> tuple[str, ...]:
         skip_tasks=True,
         cleanup_on_error=False,
     ) as copier:
-        # The answers name the original; the pinned copy is what is read, and it is no repository.
+        # The answers name the original, the pinned copy is what is read. That Copier does not take it
+        # for a repository, nor asks git about every file, is because a worker has no PATH to find git.
         copier.template.local_abspath = job.template.resolve()
-        copier.template.vcs = None
         copier.run_copy()
     _check_links(job.tree)
     return tuple(progressing.by_jinja)
@@ -382,7 +382,7 @@ def _render(job: Job, file_mb: int, tell: Tell) -> tuple[str, ...]:
 
 def _inherited_mode(tree: Path) -> int | None:
     """The mode of a new file here, where the folder hands down rights by an ACL; else None."""
-    if sys.platform != "linux" or "system.posix_acl_default" not in os.listxattr(tree):
+    if not _hands_down_rights(tree):
         return None
     probe = tree / ".mode"
     handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -390,6 +390,17 @@ def _inherited_mode(tree: Path) -> int | None:
     os.close(handle)
     probe.unlink()
     return mode
+
+
+def _hands_down_rights(folder: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        return "system.posix_acl_default" in os.listxattr(folder)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:  # the file system has no attributes, so no ACL either
+            return False
+        raise
 
 
 def _restore_rights(path: Path, inherited: int) -> None:
