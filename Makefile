@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick format wheel constraints programs clean
+.PHONY: demo test quick bench format wheel constraints programs clean
 
 demo: .venv/complete ## serve a small laboratory, on a free port
 	$(BIN)/exlab-sessions serve --demo
@@ -23,6 +23,9 @@ test: programs .venv/complete ## everything
 
 quick: .venv/complete ## the tests that take less than a minute each
 	$(BIN)/pytest -m 'not slow'
+
+bench: .venv/complete ## creation beside a bare render, replay beside a bare send loop
+	$(BIN)/python -m benchmarks.compare
 
 format: .venv/complete
 	$(BIN)/ruff format .

@@ -27,7 +27,9 @@ class Subject(msgspec.Struct, frozen=True):
 def examine(file: ConfigFile) -> Iterator[Subject]:
     now = file.current
     yield Subject("config", str(file.path), tuple(_of_config(file)))
-    yield Subject("templates", str(now.paths.templates_dir or "none"), tuple(_of_templates(now)))
+    yield Subject(
+        "templates", str(now.paths.templates_dir or "no folder is named"), tuple(_of_templates(now))
+    )
     yield _store(now)
 
 

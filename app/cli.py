@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
 import msgspec
@@ -30,6 +31,7 @@ from app.demo import laboratory
 from app.sessions.lifecycle import State
 
 P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
 
 FAILED = 1
 NOT_FOUND = 3
@@ -79,10 +81,26 @@ def _assigned(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]
     return found
 
 
+def _config(*, exists: bool) -> Callable[[F], F]:
+    return click.option(
+        "--config",
+        type=click.Path(exists=exists, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="The config file, where it is not the usual one.",
+    )
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
+_ID = click.argument("session_id", metavar="ID")
+_OPERATOR = click.option("--operator", metavar="NAME", help="Who does this, for the audit.")
+_KEY = click.option("--key", metavar="KEY", help="Asked for again with the same key, it is the same session.")
+_FOLLOW = click.option("--follow", is_flag=True, help="Go on with its events until it ends.")
+
+
 def talking(command: Callable[Concatenate[Client, Output, P], None]) -> Callable[..., None]:
     """A command that talks to a service: with the options that say to which, and its refusals as exit codes."""
 
-    @_CONFIG
+    @_config(exists=True)
     @click.option(
         "--url", metavar="URL", help="The service; else the one that the config and server.json name."
     )
@@ -93,18 +111,6 @@ def talking(command: Callable[Concatenate[Client, Output, P], None]) -> Callable
             command(client, Output(as_json), *args, **given)
 
     return talk
-
-
-_CONFIG = click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The config file, where it is not the usual one.",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for programs.")
-_ID = click.argument("session_id", metavar="ID")
-_OPERATOR = click.option("--operator", metavar="NAME", help="Who does this, for the audit.")
-_FOLLOW = click.option("--follow", is_flag=True, help="Go on with its events until it ends.")
 
 
 def _client(url: str | None, config: Path | None) -> Client:
@@ -159,7 +165,7 @@ def main() -> None:
 
 
 @main.command()
-@_CONFIG
+@_config(exists=False)
 @click.option("--host", metavar="HOST", help="The address to listen on, in place of the config's.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 takes a free one.")
 @click.option(
@@ -194,7 +200,9 @@ def _show_around(command: str, config: Path, host: str | None) -> None:
     while not (note.exists() and json.loads(note.read_bytes())["pid"] == os.getpid()):
         time.sleep(0.05)
     url = address(service.state_dir, host or service.host)
-    project, run = (config.parent / "examples" / name for name in ("project.json", "confocal_run.json"))
+    project, run = (
+        shlex.quote(str(config.parent / "examples" / name)) for name in ("project.json", "confocal_run.json")
+    )
     _note(
         f"""
 The demo laboratory is in {config.parent}; delete that folder when you have seen enough.
@@ -210,7 +218,7 @@ The demo laboratory is in {config.parent}; delete that folder when you have seen
 
 @main.command()
 @click.argument("file", type=click.File("rb"))
-@click.option("--key", help="An Idempotency-Key: the same key with the same FILE gives the same session.")
+@_KEY
 @_FOLLOW
 @talking
 def create(client: Client, output: Output, file: Any, key: str | None, follow: bool) -> None:
@@ -254,9 +262,10 @@ def _opened(client: Client, output: Output, handle: Json, follow: bool) -> None:
 @main.command("list")
 @click.option(
     "--state",
+    metavar="STATE",
     multiple=True,
     type=click.Choice([state.value for state in State]),
-    help="In this state; may be given again.",
+    help="In this state, as input_required; may be given again.",
 )
 @click.option("--kind", type=click.Choice(["project", "run"]))
 @click.option("--equipment", metavar="ID")
@@ -281,7 +290,7 @@ def list_sessions(
     limit: int,
     **filters: Any,
 ) -> None:
-    """Sessions, newest first."""
+    """List sessions, newest first."""
     asked = client.list(**filters, since=_moment(since), until=_moment(until), page=min(limit + 1, 200))
     found = [*islice(asked, limit + 1)]
     if output.as_json:
@@ -304,7 +313,7 @@ def _moment(given: datetime | None) -> str | None:
 @_ID
 @talking
 def show(client: Client, output: Output, session_id: str) -> None:
-    """All that is known of one session."""
+    """Show all that is known of one session."""
     output.session(client.get(_whole(client, session_id)))
 
 
@@ -313,9 +322,9 @@ def show(client: Client, output: Output, session_id: str) -> None:
 @click.option("--after", type=click.IntRange(0), default=0, help="Leave out the events up to this number.")
 @talking
 def follow(client: Client, output: Output, session_id: str, after: int) -> None:
-    """A session's history, and what comes, until it ends; through restarts of the service.
+    """Show a session's history, and what comes.
 
-    Exits with 1 when the session failed or was aborted.
+    Until it ends, through restarts of the service. Exits with 1 when the session failed or was aborted.
     """
     _watch(client, output, _whole(client, session_id), after)
 
@@ -358,14 +367,18 @@ def cancel(
     metavar="NAME=VALUE",
     help="As label=again, variables.wells=96; null removes. May be given again.",
 )
+@_KEY
 @_FOLLOW
 @talking
-def retry(client: Client, output: Output, session_id: str, changes: dict[str, str], follow: bool) -> None:
-    """Open a failed or aborted session anew, with the same body but for the changes.
+def retry(
+    client: Client, output: Output, session_id: str, changes: dict[str, str], key: str | None, follow: bool
+) -> None:
+    """Open a failed or aborted session anew.
 
-    A value is read as JSON where it is JSON, else it is text.
+    With the same body but for the changes. A value is read as JSON where it is JSON, else it is text.
     """
-    _opened(client, output, client.retry(_whole(client, session_id), _patch(changes)), follow)
+    retried = client.retry(_whole(client, session_id), _patch(changes), key=key)
+    _opened(client, output, retried, follow)
 
 
 def _patch(changes: Mapping[str, str]) -> dict[str, object]:
@@ -440,11 +453,12 @@ def _asked(field: Json) -> str:
 
 
 def _typed(field: Json, text: str) -> object:
-    match field.get("type", "string"):
+    """`text` as a value of the field's type where it is one; else the service is to say what is wrong with it."""
+    match field.get("type"):
         case "boolean":
-            return bool(click.BOOL(text))
+            return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
         case "number":
-            return click.INT(text) if re.fullmatch(r"[+-]?[0-9]+", text) else click.FLOAT(text)
+            return _value(text)
         case _:
             return text
 
@@ -477,12 +491,12 @@ def _dashed(digits: str) -> str:
 
 
 @main.command()
-@_CONFIG
+@_config(exists=False)
 @_JSON
 def check(config: Path | None, as_json: bool) -> None:
-    """Look for what is wrong with config, templates, store, and the folders of the sessions.
+    """Look for what is wrong on this workstation.
 
-    Only reads, whether a service runs or not. Exits with 1 when something is to be mended.
+    With the config, the templates, the store, and the folders of its sessions. Only reads, whether a service runs or not. Exits with 1 when something is to be mended.
     """
     # Here, so that the other commands do not wait for what only this one needs.
     from app import checkup

@@ -25,7 +25,7 @@ TERMINAL_KINDS = ("done", "failed")
 
 _MARKERS = ("hello", "caught_up")
 _FIRST_DELAY = 0.25
-_LONGEST_DELAY = 5.0
+_LONGEST_DELAY = 2.0
 _FRAME_LIMIT = 1024 * 1024
 # The close codes after which coming back with the same cursor would end in the same place.
 _REFUSALS = {

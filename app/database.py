@@ -25,6 +25,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
+    URL,
     Column,
     Connection,
     Engine,
@@ -117,7 +118,7 @@ def path_of(url: str) -> Path:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         raise StoreRefused(f"database_url must name an SQLite file, not {parsed.render_as_string()}")
-    return Path(parsed.database).absolute()
+    return Path(parsed.database).resolve()
 
 
 class Lock:
@@ -196,7 +197,7 @@ def _revision_found(path: Path, script: ScriptDirectory) -> str | None:
     if not path.exists() or path.stat().st_size == 0:
         return None
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
         try:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
             tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
@@ -247,13 +248,14 @@ def _migrate(connection: Connection) -> None:
 def _epoch(connection: Connection, path: Path) -> str:
     """The random id of this history; renewed when the file is not the one that was closed last.
 
-    The note beside the database names its inode and the newest position it had: another inode, or a
-    file that is behind its note, was put there by hand or from a backup.
+    The note beside the database names its inode and the newest position it had: another inode, a file that
+    is behind its note, or one that has none, was put there by hand or from a backup.
     """
     row = connection.exec_driver_sql("SELECT value FROM store_facts WHERE name = 'epoch'").first()
     head = connection.exec_driver_sql("SELECT coalesce(max(position), 0) FROM events").scalar_one()
     note = _read_note(path)
-    same = note is None or (note["inode"] == path.stat().st_ino and int(str(note["position"])) <= head)
+    inode = path.stat().st_ino
+    same = note is not None and note["inode"] == inode and int(str(note["position"])) <= head
     if row is not None and same:
         epoch = str(row[0])
     else:
@@ -265,7 +267,7 @@ def _epoch(connection: Connection, path: Path) -> str:
             (epoch,),
         )
         _sql(connection, "COMMIT")
-    write_note(path, head)
+    write_note(path, inode, head)
     return epoch
 
 
@@ -280,15 +282,15 @@ def _read_note(path: Path) -> dict[str, object] | None:
         return None
 
 
-def write_note(path: Path, position: int) -> None:
-    """Leave word beside the database of which file it is and how far it had come."""
-    disk.write_whole(_note(path), msgspec.json.encode({"inode": path.stat().st_ino, "position": position}))
+def write_note(path: Path, inode: int | None, position: int) -> None:
+    """Leave word beside the database of which file was open, and how far it had come."""
+    disk.write_whole(_note(path), msgspec.json.encode({"inode": inode, "position": position}))
 
 
 def _engine(path: Path) -> Engine:
     """A synchronous engine whose connections say BEGIN and COMMIT themselves."""
     engine = create_engine(
-        f"sqlite:///{path}",
+        URL.create("sqlite", database=str(path)),
         poolclass=pool.NullPool,
         isolation_level="AUTOCOMMIT",
         connect_args={"timeout": BUSY_MS / 1000},
@@ -297,16 +299,27 @@ def _engine(path: Path) -> Engine:
     return engine
 
 
+_WRITING = (
+    "synchronous=FULL",
+    "foreign_keys=ON",
+    "wal_autocheckpoint=0",
+    # A log that was folded in is cut to this size, so that its size tells how much there is to fold in.
+    f"journal_size_limit={CHECKPOINT_BYTES}",
+    f"busy_timeout={BUSY_MS}",
+)
+_READING = ("query_only=ON", "wal_autocheckpoint=0", f"busy_timeout={BUSY_MS}")
+
+
 def _write_pragmas(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
-    for pragma in ("synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=0", f"busy_timeout={BUSY_MS}"):
+    for pragma in _WRITING:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 def _read_pragmas(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
-    for pragma in ("query_only=ON", f"busy_timeout={BUSY_MS}", "wal_autocheckpoint=0"):
+    for pragma in _READING:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
@@ -320,16 +333,26 @@ class Readers:
 
     def __init__(self, path: Path) -> None:
         self._engine: AsyncEngine = create_async_engine(
-            f"sqlite+aiosqlite:///{path}", isolation_level="AUTOCOMMIT", pool_size=4, max_overflow=4
+            URL.create("sqlite+aiosqlite", database=str(path)),
+            isolation_level="AUTOCOMMIT",
+            pool_size=4,
+            max_overflow=4,
         )
         event.listen(self._engine.sync_engine, "connect", _read_pragmas)
+        self._reading: set[asyncio.Task[list[Sequence[Row[Any]]]]] = set()
+        self._closed = False
 
     async def all(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
         """The rows of each statement, all of them seen in one snapshot.
 
         In a task of its own: a caller that is cancelled leaves the connection in order.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._all(statements)))
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        reading = asyncio.create_task(self._all(statements))
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        return await asyncio.shield(reading)
 
     async def _all(self, statements: tuple[Executable, ...]) -> list[Sequence[Row[Any]]]:
         try:
@@ -345,6 +368,9 @@ class Readers:
             raise StoreUnavailable(f"the database cannot be read now: {error.orig}") from error
 
     async def close(self) -> None:
+        """Let what is being read come to its end, also for callers that have gone."""
+        self._closed = True
+        await asyncio.gather(*self._reading, return_exceptions=True)
         await self._engine.dispose()
 
 
@@ -357,6 +383,8 @@ class Writer:
         self._waiting: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._broken: StoreBroken | None = None
+        self._door = threading.Lock()
+        self._closed = False
         self.commit_seconds = 0.0
         self.commits = 0
         self.units = 0
@@ -376,18 +404,28 @@ class Writer:
         if self._broken is not None:
             raise StoreUnavailable("the store is broken and the service is stopping")
         future: Future[T] = Future()
-        self._waiting.put(Unit(run, committed, future))
+        with self._door:  # nothing may wait behind the end, where nobody comes for it
+            if self._closed:
+                raise StoreUnavailable("the store is closed")
+            self._waiting.put(Unit(run, committed, future))
         return await asyncio.shield(asyncio.wrap_future(future))
 
     def close(self) -> None:
         """Let what waits be committed, fold the log into the file, and end the thread."""
-        self._waiting.put(None)
+        with self._door:
+            self._closed = True
+            self._waiting.put(None)
         self._thread.join()
+
+    @property
+    def inode(self) -> int | None:
+        """Of the file that is open, whatever stands in its place by now."""
+        return self._identity[1] if self._identity else None
 
     def wal_bytes(self) -> int:
         try:
             return os.stat(f"{self._path}-wal").st_size
-        except FileNotFoundError:
+        except OSError:
             return 0
 
     def _run(self) -> None:
@@ -486,7 +524,7 @@ class Writer:
     def _identify(self) -> tuple[int, int] | None:
         try:
             status = os.stat(self._path)
-        except FileNotFoundError:
+        except OSError:
             return None
         return status.st_dev, status.st_ino
 

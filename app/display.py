@@ -29,7 +29,7 @@ _COLOURS = {
 }
 _GAP = "  "
 _LEAST = 10
-_LABEL_WIDTH = 12
+_LABEL_WIDTH = 13
 _NOTES_SHOWN = 10
 
 
@@ -109,7 +109,7 @@ def frame(event: Json, session_id: str, *, width: int) -> Iterator[str]:
     at = _clock(event["at"])[11:]
     kind = event["kind"]
     lines = list(_told(event))
-    yield f"{click.style(at, dim=True)}  {coloured(lines[0], kind)}"
+    yield f"{click.style(at, dim=True)}  {coloured(lines[0], 'aborted' if lines[0] == 'aborted' else kind)}"
     yield from (" " * 10 + line for line in lines[1:])
     if kind == "input_required":
         yield from question(event, session_id, width=width)
@@ -155,7 +155,7 @@ def _terms(field: Json) -> Iterator[str]:
     yield f"one of {' | '.join(map(clean, field['options']))}" if field.get("options") else kind
     for name, word in (("min", "from"), ("max", "to"), ("pattern", "like"), ("hint", "hint:")):
         if field.get(name) is not None:
-            yield f"{word} {field[name]}"
+            yield f"{word} {clean(_brief(field[name]))}"
     if field.get("default") is not None:
         yield f"default {clean(field['default'])}"
     yield "required" if field.get("required", True) else "optional"
@@ -177,6 +177,10 @@ def complaints(subject: str, place: str, found: Sequence[Json], *, width: int) -
         yield from _named("", f"and {len(notes) - _NOTES_SHOWN} more notes; --json tells all")
     if not found:
         yield _GAP + click.style("ok", fg="green")
+
+
+def _brief(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _failure(error: Json, width: int) -> Iterator[str]:
@@ -207,11 +211,12 @@ def _named(name: str, value: str) -> Iterator[str]:
 def _wrapped(name: str, value: str, width: int, *, colour: str | None = None) -> Iterator[str]:
     indent = " " * (len(_GAP) * 2 + _LABEL_WIDTH)
     lines = textwrap.wrap(clean(value), max(width, 60) - len(indent), break_long_words=False) or [""]
-    shown = f"{_GAP}{name:<{_LABEL_WIDTH}}{_GAP}"
+    tinted = click.style(name, fg=colour) if colour else name
     if len(name) > _LABEL_WIDTH:
-        yield click.style(f"{_GAP}{name}", fg=colour)
-        shown = indent
-    yield click.style(shown, fg=colour) + lines[0]
+        yield _GAP + tinted
+        yield indent + lines[0]
+    else:
+        yield _GAP + tinted + indent[len(_GAP + name) :] + lines[0]
     yield from (indent + line for line in lines[1:])
 
 

@@ -1,6 +1,7 @@
 """Runs the migrations on the connection that the service hands over, inside its transaction."""
 
 from alembic import context
+
 from app.database import metadata
 
 connection = context.config.attributes.get("connection")

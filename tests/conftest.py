@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,7 +154,7 @@ async def walk(store: Store, goal: State, body: requests.CreateBody | None = Non
     return session
 
 
-async def soon(work: Coroutine[Any, Any, T]) -> T:
+async def soon(work: Awaitable[T]) -> T:
     """What `work` gives; a failure if it hangs."""
     return await asyncio.wait_for(work, SECONDS)
 

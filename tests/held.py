@@ -118,8 +118,8 @@ class Held:
     async def rendering(self, **changes: Any) -> Session:
         return await self.store.record(await self.created(**changes), accepted())
 
-    async def at_plugins(self, **changes: Any) -> Session:
-        rendered = Rendered(tree=Path("/data/tree"), manifest="0" * 64, rendered=(), log=())
+    async def at_plugins(self, printed: tuple[str, ...] = (), **changes: Any) -> Session:
+        rendered = Rendered(tree=Path("/data/tree"), manifest="0" * 64, rendered=(), log=printed)
         return await self.store.record(await self.rendering(**changes), rendered)
 
     async def asking(self, session: Session | None = None, prompt_id: str = "p1") -> Session:

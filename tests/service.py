@@ -20,7 +20,7 @@ PATIENCE = 60.0
 T = TypeVar("T")
 
 
-def eventually(look: Callable[[], T], *, within: float = PATIENCE) -> T:
+def eventually(look: Callable[[], T | None], *, within: float = PATIENCE) -> T:
     """The first true thing that `look` gives, asked for again until the time is over."""
     deadline = time.monotonic() + within
     while not (found := look()):
@@ -91,7 +91,34 @@ def running(config: Path, *options: str) -> Iterator[Service]:
 
 def body(lab: Path, example: str, **changes: Any) -> dict[str, Any]:
     """A body that the demo laboratory in `lab` accepts."""
-    return json.loads((lab / "examples" / f"{example}.json").read_text()) | changes
+    asked: dict[str, Any] = json.loads((lab / "examples" / f"{example}.json").read_text())
+    return asked | changes
+
+
+def template(lab: Path, name: str, files: dict[str, str], **manifest: object) -> str:
+    """A template for runs of every kind in `lab`; JSON is YAML, too."""
+    told = {"_exlab_type": "run", "_exlab_version": "1.0", "_exlab_run_scope": "both"} | manifest
+    folder = lab / "templates" / name
+    folder.mkdir()
+    for path, text in {"copier.yml": json.dumps(told), **files}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return name
+
+
+def bare_run(template_path: str, **changes: Any) -> dict[str, Any]:
+    """A run with a template that asks for nothing."""
+    told = {
+        "kind": "run",
+        "equipment_id": "CONFOCAL_01",
+        "project_short_id": "PROJ-1",
+        "template_path": template_path,
+        "run_kind": "experimental",
+        "label": "A run",
+        "operator": "asmith",
+        "objective": "See what becomes of it",
+    }
+    return told | changes
 
 
 def ended(http: httpx.Client, session_id: str) -> dict[str, Any]:

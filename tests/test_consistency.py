@@ -54,8 +54,10 @@ async def lab(tmp_path: Path) -> Lab:
 
 
 async def _rendering(store: Store, root: Path, project: str) -> Session:
-    words = {"equipment_id": "EQ", "template_path": "t", "label": project, "operator": "o", "objective": "x"}
-    session, _ = await store.create(requests.ProjectBody(**words), CALLER)
+    body = requests.ProjectBody(
+        equipment_id="EQ", template_path="t", label=project, operator="o", objective="x"
+    )
+    session, _ = await store.create(body, CALLER)
     (publish.session_folder(root, session.session_id) / "template").mkdir(parents=True)
     accepted = lifecycle.Accepted(
         destination=root / "EQ" / project,
@@ -294,6 +296,24 @@ def test_a_live_session_without_its_tree_is_an_error(lab: Lab, who: str) -> None
     assert session.tree is not None
     shutil.rmtree(session.tree)
     _only(lab.found(), "error", session, str(session.tree))
+
+
+def test_a_session_that_moves_on_meanwhile_is_not_accused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lab.waiting.tree is not None
+    shutil.rmtree(lab.waiting.tree)
+    root_present = publish.root_present
+
+    def moves_on_meanwhile(root: Path) -> bool:
+        """The first look at the disk, with the snapshot taken already."""
+        monkeypatch.undo()
+        moved = "UPDATE sessions SET updated_at = '2030-01-01T00:00:00.000Z'"
+        _past_the_guards(lab.path, f"{moved} WHERE session_id = '{lab.waiting.session_id}'")
+        return root_present(root)
+
+    residents = publish.residents(lab.root)
+    monkeypatch.setattr(publish, "residents", lambda root: residents)
+    monkeypatch.setattr(publish, "root_present", moves_on_meanwhile)
+    assert _graver(lab.found()) == []
 
 
 def test_a_tree_that_was_published_just_before_a_crash_is_nothing_wrong(lab: Lab) -> None:

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as configured
 from hypothesis import strategies as st
 
-from app import settings
-from app import disk
+from app import disk, settings
 from app.errors import Failure
 from app.settings import Equipment, Field, Operators, Paths, Readme, Settings
 from app.steps import gate

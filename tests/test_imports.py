@@ -31,7 +31,7 @@ def violations(root: Path) -> list[str]:
         f"{module}:{line}: {name}: {why}"
         for path in sorted((*root.glob("app/**/*.py"), *root.glob("migrations/**/*.py")))
         for module in [_module(path.relative_to(root))]
-        for name, line in _imports(ast.parse(path.read_bytes()))
+        for name, line in _imports(ast.parse(path.read_bytes(), filename=str(path)))
         if (why := _against(module, name))
     ]
 

@@ -36,7 +36,8 @@ async def living(lab: Path, *, held: bool = False) -> AsyncIterator[House]:
 
 
 def run_body(lab: Path, **changes: object) -> CreateBody:
-    return msgspec.convert(body(lab, "confocal_run", **changes), type=CreateBody)
+    shaped: CreateBody = msgspec.convert(body(lab, "confocal_run", **changes), type=CreateBody)
+    return shaped
 
 
 async def until(store: Store, session_id: str, *states: State) -> Session:

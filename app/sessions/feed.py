@@ -5,7 +5,7 @@ and waits only when there was nothing to read. So it misses nothing, repeats not
 reads later; nobody holds an event for it.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import structlog
 
@@ -34,7 +34,7 @@ class Feed:
         self.stopping = True
         self._store.ring_all()
 
-    async def follow(self, session_id: str, cursor: int) -> AsyncIterator[list[Frame]]:
+    async def follow(self, session_id: str, cursor: int) -> AsyncGenerator[list[Frame], None]:
         """Pages of frames with `seq` above `cursor`, in order, until the terminal one.
 
         An empty page, once, says that the history is caught up and live events come next. Stopping when
@@ -44,7 +44,7 @@ class Feed:
         self.followers += 1
         try:
             with self._store.bell(session_id) as bell:
-                while True:
+                while not self.stopping:
                     bell.clear()
                     page = await self._store.frames_after(session_id, cursor, PAGE)
                     if page:
@@ -56,26 +56,25 @@ class Feed:
                     if not caught_up:
                         caught_up = True
                         yield []
-                    if self.stopping:
-                        raise Stopping
+                        continue
                     await bell.wait()
+                raise Stopping
         finally:
             self.followers -= 1
 
-    async def follow_all(self, position: int) -> AsyncIterator[list[Frame]]:
+    async def follow_all(self, position: int) -> AsyncGenerator[list[Frame], None]:
         """Pages of all sessions' frames after `position`, in commit order, until the service stops."""
         self.followers += 1
         try:
             with self._store.bell(None) as bell:
-                while True:
+                while not self.stopping:
                     bell.clear()
                     page = await self._store.feed_after(position, PAGE)
                     if page:
                         position = page[-1].position
                         yield page
                         continue
-                    if self.stopping:
-                        raise Stopping
                     await bell.wait()
+                raise Stopping
         finally:
             self.followers -= 1

@@ -207,7 +207,7 @@ class Pipeline:
 
     # The steps, in the order of the road
 
-    async def _begin(self, session: Session) -> tuple[Outcome, ...]:
+    async def _begin(self, _session: Session) -> tuple[Outcome, ...]:
         return (Begun(),)
 
     async def _validate(self, session: Session) -> tuple[Outcome, ...] | Failure:
@@ -445,7 +445,8 @@ def _examine(session: Session, pinned: Pinned) -> tuple[check.Finding, ...]:
     findings: tuple[check.Finding, ...] = check.check(
         tree,
         rendered=frozenset(session.rendered),
-        staging=tree,
+        # Wider than the tree: the pinned template lies beside it.
+        staging=publish.session_folder(_known(session.local_root), session.session_id),
         kind=session.kind,
         run_kind=session.run_kind,
         destination=_known(session.destination),

@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -204,10 +205,12 @@ class Store:
             raise
 
     async def close(self) -> None:
-        await self._readers.close()
-        await asyncio.to_thread(self._writer.close)
-        await asyncio.to_thread(database.write_note, self.path, self.head_position)
-        self._lock.release()
+        try:
+            await self._readers.close()
+            await asyncio.to_thread(self._writer.close)
+            await asyncio.to_thread(database.write_note, self.path, self._writer.inode, self.head_position)
+        finally:
+            self._lock.release()
 
     # The verbs that write
 
@@ -377,7 +380,7 @@ class Store:
 
     async def counts(self) -> dict[str, int]:
         """How many sessions stand in each state, and how many left a partial tree."""
-        by_state = select(sessions.c.state, func.count()).group_by(sessions.c.state)
+        by_state: Select[Any] = select(sessions.c.state, func.count()).group_by(sessions.c.state)
         partial = select(literal("partial"), func.count()).where(sessions.c.partial_path.is_not(None))
         blocked = select(literal("blocked"), func.count()).where(
             sessions.c.state.in_(LIVE), sessions.c.blocked_on.is_not(None)
@@ -428,7 +431,7 @@ class Store:
         recent = self._recent.get(session_id)
         if recent and recent[0].seq <= cursor + 1:
             first = cursor + 1 - recent[0].seq
-            return [recent[index] for index in range(first, min(len(recent), first + limit))]
+            return list(islice(recent, first, first + limit))
         table = database.events.c
         later = _FRAMES.where(table.session_id == session_id, table.seq > cursor)
         [rows] = await self._readers.all(later.order_by(table.seq).limit(limit))

@@ -15,6 +15,7 @@ from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException
 from litestar.openapi import ResponseSpec
 from litestar.openapi.spec import Example
+from litestar.params import ParameterKwarg
 
 from app.errors import PayloadTooLarge, Refusal, UnsupportedMediaType, ValidationFailed
 
@@ -167,19 +168,28 @@ def _of_litestar(request: Request[Any, Any, Any], error: HTTPException) -> Respo
     if error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return _broken(request, error)
     if error.status_code not in _OF_LITESTAR:
-        return _answer(request, _unfit(error))
+        return _answer(request, _unfit(request, error))
     return _answer(request, _OF_LITESTAR[error.status_code](), error.headers)
 
 
-def _unfit(error: HTTPException) -> ValidationFailed:
+def _unfit(request: Request[Any, Any, Any], error: HTTPException) -> ValidationFailed:
     told = [item for item in error.extra or () if isinstance(item, dict)]
-    found = [{"message": str(item["message"]), "field": str(item.get("key", ""))} for item in told]
+    found = [
+        {"message": str(item["message"]), "field": _name(request, str(item.get("key", "")))} for item in told
+    ]
     if not found:
         return ValidationFailed(error.detail)
     first = found[0]
     return ValidationFailed(
         f"{first['field']}: {first['message']}", field=first["field"] or None, details={"errors": found}
     )
+
+
+def _name(request: Request[Any, Any, Any], key: str) -> str:
+    """What the client calls the parameter that the handler knows as `key`."""
+    parameter = request.scope["route_handler"].parsed_fn_signature.parameters.get(key)
+    described = parameter.kwarg_definition if parameter else None
+    return described.name if isinstance(described, ParameterKwarg) and described.name else key
 
 
 def _broken(request: Request[Any, Any, Any], error: Exception) -> Response[Envelope]:

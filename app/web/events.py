@@ -155,22 +155,25 @@ async def _watched(socket: Socket, store: Store, feed: Feed, session_id: str) ->
     head = store.head_seq(session, seq)
     if marked:
         yield msgspec.json.encode(_Hello(store.epoch, head, seq))
+    async with aclosing(_pages(feed, session, seq)) as pages:
+        async for page in pages:
+            for frame in page if after is not None else await _unsettled(store, page):
+                yield frame.data
+            seq = page[-1].seq if page else seq
+            if marked and not page:
+                yield msgspec.json.encode(_CaughtUp(seq))
+
+
+async def _pages(feed: Feed, session: Session, seq: int) -> AsyncGenerator[list[Frame], None]:
+    """What comes after `seq`, with an empty page, once, where the history ends, also if it ends for good."""
+    caught_up = False
     if not _is_over(session, seq):
-        caught_up = False
-        async with aclosing(feed.follow(session_id, seq)) as pages:
+        async with aclosing(feed.follow(session.session_id, seq)) as pages:
             async for page in pages:
-                if not page:
-                    caught_up = True
-                    if marked:
-                        yield msgspec.json.encode(_CaughtUp(seq))
-                    continue
-                for frame in page if after is not None else await _unsettled(store, page):
-                    yield frame.data
-                seq = page[-1].seq
-        if caught_up:
-            return
-    if marked:
-        yield msgspec.json.encode(_CaughtUp(seq))
+                caught_up = caught_up or not page
+                yield page
+    if not caught_up:
+        yield []
 
 
 async def _unsettled(store: Store, page: list[Frame]) -> list[Frame]:

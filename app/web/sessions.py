@@ -201,8 +201,8 @@ class Sessions(Controller):
             project=project,
             operator=operator,
             label_prefix=label,
-            since=_moment(since),
-            until=_moment(until),
+            since=_moment("since", since),
+            until=_moment("until", until),
             before=_page(page),
             limit=limit,
         )
@@ -366,11 +366,11 @@ def _page(cursor: str | None) -> str | None:
     return cursor
 
 
-def _moment(given: datetime | None) -> str | None:
+def _moment(name: str, given: datetime | None) -> str | None:
     """As the store writes times; one without an offset is taken as UTC."""
     if given is None:
         return None
     try:
         return timestamp(given if given.tzinfo else given.replace(tzinfo=UTC))
     except OverflowError as error:
-        raise ValidationFailed(f"{given} is too far away") from error
+        raise ValidationFailed(f"{given} is too far away", field=name) from error

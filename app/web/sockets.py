@@ -40,7 +40,11 @@ class _Left(Exception):
 
 async def serve(socket: Socket, frames: Frames) -> None:
     """Send `frames`, as text if the client asks for `frames=text`, and close."""
-    await socket.accept()
+    try:
+        await socket.accept()
+    except OSError:
+        await frames.aclose()
+        return  # it left before it was let in
     async with asyncio.TaskGroup() as group:
         sender = group.create_task(_send(socket, frames))
         reader = group.create_task(_read(socket, sender))
@@ -95,6 +99,7 @@ async def _as_binary(socket: Socket, frame: bytes) -> None:
 
 
 async def _close(socket: Socket, close: _Close) -> None:
+    log.info("A stream ended.", event_id="ws.closed", path=socket.url.path, code=close.code)
     reason = close.reason.encode()[:REASON_BYTES].decode(errors="ignore")
     try:
         await socket.close(close.code, reason)
