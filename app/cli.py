@@ -8,7 +8,6 @@ session is, and what may be done with it, is the service's to say; nothing is ch
 import functools
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -38,8 +37,6 @@ NOT_FOUND = 3
 UNREACHABLE = 4
 INTERRUPTED = 130
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_DASHES = (8, 12, 16, 20)
 _MOMENTS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"]
 # None lets colours through to a terminal only.
 _PLAIN = False if "NO_COLOR" in os.environ else None
@@ -464,30 +461,10 @@ def _typed(field: Json, text: str) -> object:
 
 
 def _whole(client: Client, given: str) -> str:
-    """The id that `given` is, or is the only beginning of."""
-    digits = given.lower().replace("-", "")
-    if not re.fullmatch(r"[0-9a-f]{8,32}", digits):
-        raise click.BadParameter(
-            f"expected an id or its first 8 characters or more, not {given!r}", param_hint="ID"
-        )
-    beginning = _dashed(digits)
-    if _UUID.fullmatch(beginning):
-        return beginning
-    # Ids sort by time, and the list goes down them: those that begin so come first below the highest of them.
-    older = client.list(before=_dashed(digits.ljust(32, "f")), page=2)
-    found = [each["session_id"] for each in islice(older, 2) if each["session_id"].startswith(beginning)]
-    if not found:
-        raise ClientError(404, "session_not_found", f"No session's id begins with {beginning}.")
-    if len(found) > 1:
-        raise click.BadParameter(
-            f"{beginning} begins {found[0]} and {found[1]}; give more of it", param_hint="ID"
-        )
-    return str(found[0])
-
-
-def _dashed(digits: str) -> str:
-    cuts = [0, *(cut for cut in _DASHES if cut < len(digits)), len(digits)]
-    return "-".join(digits[start:end] for start, end in pairwise(cuts))
+    try:
+        return client.find(given)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="ID") from error
 
 
 @main.command()
@@ -496,7 +473,8 @@ def _dashed(digits: str) -> str:
 def check(config: Path | None, as_json: bool) -> None:
     """Look for what is wrong on this workstation.
 
-    With the config, the templates, the store, and the folders of its sessions. Only reads, whether a service runs or not. Exits with 1 when something is to be mended.
+    With the config, the templates, the store, and the folders of its sessions. Only reads, whether a service
+    runs or not. Exits with 1 when something is to be mended.
     """
     # Here, so that the other commands do not wait for what only this one needs.
     from app import checkup

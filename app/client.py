@@ -8,9 +8,11 @@ included. A client belongs to one thread.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -164,6 +166,25 @@ class Client:
                 return
             asked["next"] = found["next"]
 
+    def find(self, beginning: str) -> str:
+        """The id that begins so, with 8 characters or more, whether written with dashes or without.
+
+        ValueError if it is no beginning of an id, or that of several; ClientError if there is no such session.
+        """
+        digits = beginning.lower().replace("-", "")
+        if not re.fullmatch(r"[0-9a-f]{8,32}", digits):
+            raise ValueError(f"expected an id or its first 8 characters or more, not {beginning!r}")
+        if len(digits) == 32:
+            return _dashed(digits)
+        # Ids are listed downwards: those that begin so come first below the highest that could.
+        listed = islice(self.list(before=_dashed(digits.ljust(32, "f")), page=2), 2)
+        found = [each["session_id"] for each in listed if each["session_id"].startswith(_dashed(digits))]
+        if not found:
+            raise ClientError(404, "session_not_found", f"no session's id begins with {_dashed(digits)}")
+        if len(found) > 1:
+            raise ValueError(f"{beginning} begins {found[0]} and {found[1]}; more of it is needed")
+        return str(found[0])
+
     def events(self, session_id: str, after: int = 0, limit: int = 1000) -> Json:
         """One page of a history: `events`, `head_seq`, `epoch`."""
         return self._ask("GET", f"/sessions/{session_id}/events", query={"after": after, "limit": limit})
@@ -293,6 +314,12 @@ class _Following:
             raise Unreachable(
                 f"{self._url} closed the stream ({code}{' ' + reason if reason else ''})"
             ) from closed
+
+
+def _dashed(digits: str) -> str:
+    """The digits of an id, or of its beginning, with the dashes of a UUID between them."""
+    parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    return "-".join(part for part in parts if part)
 
 
 def _given(**values: str | None) -> Json:

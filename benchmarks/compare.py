@@ -30,7 +30,8 @@ from app.client import Client
 from app.demo import laboratory
 from app.errors import Failure
 from app.sessions import lifecycle, requests
-from app.sessions.store import Caller, Store
+from app.sessions.session import Caller
+from app.sessions.store import Store
 
 HERE = Path(__file__).parent
 

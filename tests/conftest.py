@@ -14,7 +14,8 @@ import pytest
 from app.errors import Failure, StoreBroken
 from app.sessions import lifecycle, requests
 from app.sessions.lifecycle import Outcome, State
-from app.sessions.store import Caller, Session, Store
+from app.sessions.session import Caller, Session
+from app.sessions.store import Store
 
 T = TypeVar("T")
 

@@ -35,7 +35,8 @@ from app.sessions.lifecycle import (
 from app.sessions.pipeline import Pipeline
 from app.sessions.requests import CreateBody, ResumeBody, decode
 from app.sessions.runner import Runner
-from app.sessions.store import Caller, Session, Store
+from app.sessions.session import Caller, Session
+from app.sessions.store import Store
 from app.settings import ConfigFile
 from app.steps.render import Renderer
 from app.web import doors

@@ -9,10 +9,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import unicodedata
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ from click.testing import CliRunner, Result
 from app import cli
 from app.demo import laboratory
 from app.sessions.lifecycle import Asked
-from app.sessions.store import Session
+from app.sessions.session import Session
 from tests.held import Held, holding
 from tests.service import PATIENCE, ROOT, Service, body, eventually, running
 
@@ -59,9 +60,23 @@ def run(*words: str, given: str | None = None) -> Result:
     return result
 
 
-async def aside(*words: str) -> Result:
-    """`run` beside a service in this event loop."""
-    return await asyncio.to_thread(run, *words)
+class Ended(NamedTuple):
+    exit_code: int | None
+    stdout: str
+    stderr: str
+
+
+async def aside(*words: str) -> Ended:
+    """`run` in a process of its own, beside a service in this one."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "app.cli", *words),
+        cwd=ROOT,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    printed, complained = await asyncio.wait_for(process.communicate(), PATIENCE)
+    return Ended(process.returncode, printed.decode(), complained.decode())
 
 
 def told(result: Result) -> list[dict[str, Any]]:
@@ -172,7 +187,7 @@ def test_a_beginning_of_several_ids_is_wrong_usage(service: Service, lab: Path, 
     shared = max((each["session_id"][:8] for each in ids), key=[each["session_id"][:8] for each in ids].count)
     result = run("show", shared, "--url", service.url)
     assert result.exit_code == 2
-    assert "give more of it" in result.stderr
+    assert "more of it is needed" in result.stderr
 
 
 @pytest.mark.parametrize("given", ["01a20a1", "nonsense", "01a20a12-zzzz", NOBODY + "0"])
@@ -348,10 +363,23 @@ async def test_text_that_was_typed_cannot_act_on_the_terminal(held: Held) -> Non
 
 
 async def test_columns_line_up_whatever_the_script(held: Held) -> None:
-    for label in ("plain", "細胞遊走"):
-        await held.rendering(label=label)
+    await held.rendering(label="first")
+    await held.rendering(label="second", equipment_id="細胞遊走_01")
     lines = (await aside("list", "--url", held.url)).stdout.splitlines()
-    assert len({line.index(word) for line, word in zip(lines, ("LABEL", "細", "plain"), strict=True)}) == 1
+    assert len({columns(line[: line.index(line.split()[-1])]) for line in lines}) == 1
+
+
+def columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+async def test_an_answer_names_the_question_that_it_was_shown(tmp_path: Path) -> None:
+    config = laboratory.build(tmp_path / "held")
+    config.write_text(config.read_text() + "  require_prompt_id: true\n")
+    async with holding(tmp_path / "held") as held:
+        session = await asking(held)
+        result = await aside("resume", session.session_id, "--url", held.url, "--input", "stain=HE")
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 async def test_a_follower_that_is_interrupted_leaves_the_session_alone(held: Held) -> None:

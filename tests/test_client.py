@@ -160,6 +160,17 @@ def test_a_failed_session_is_tried_again_with_changes(lab: Path, client: Client)
     assert [*client.follow(retried["session_id"])][-1]["kind"] == "done"
 
 
+def test_an_id_is_found_by_its_beginning(lab: Path, client: Client) -> None:
+    made = client.create(project(lab, 160))["session_id"]
+    for beginning in (made, made.upper(), made[:13], made[:14], made.replace("-", "")[:20]):
+        assert client.find(beginning) == made
+    for beginning in ("", made[:7], "nonsense", made + "0"):
+        with pytest.raises(ValueError, match="first 8 characters"):
+            client.find(beginning)
+    with pytest.raises(ClientError, match="session_not_found"):
+        client.find("ffffffff")
+
+
 def test_a_list_goes_on_over_its_pages(lab: Path, client: Client) -> None:
     made = [client.create(project(lab, 110 + n, label=f"paged {n}")) for n in range(5)]
     listed = client.list(label="paged ", page=2)

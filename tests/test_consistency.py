@@ -13,7 +13,8 @@ import pytest
 from app.errors import Failure
 from app.sessions import consistency, lifecycle, requests
 from app.sessions.consistency import Complaint
-from app.sessions.store import Caller, Session, Store
+from app.sessions.session import Caller, Session
+from app.sessions.store import Store
 from app.steps import publish
 
 CALLER = Caller(principal="test", trace_id="trace")

@@ -28,7 +28,8 @@ from app.database import store_facts
 from app.errors import StoreBroken, StoreRefused, StoreUnavailable
 from app.sessions.lifecycle import State
 from app.sessions.requests import RunBody
-from app.sessions.store import Query, Session, Store
+from app.sessions.session import Query, Session
+from app.sessions.store import Store
 from tests.conftest import CALLER, SECONDS, rows, run_body, soon, walk
 
 ROOT = Path(__file__).parent.parent

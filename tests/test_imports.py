@@ -18,7 +18,7 @@ ASIDE: dict[str, tuple[str, ...]] = {"client": ("errors",), "demo": (), "display
 DOORS = {
     "litestar": ("app.main", "app.web"),
     "uvicorn": ("app.main",),
-    "sqlalchemy": ("app.database", "app.sessions.store", "migrations"),
+    "sqlalchemy": ("app.database", "app.sessions.moves", "app.sessions.store", "migrations"),
     "alembic": ("app.database", "migrations"),
     "copier": ("app.steps.render",),
 }

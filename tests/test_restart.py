@@ -14,8 +14,10 @@ from app.demo import laboratory
 from app.main import House
 from app.sessions import lifecycle, requests
 from app.sessions.lifecycle import State
+from app.sessions.moves import Moved
 from app.sessions.requests import CancelBody, CreateBody
-from app.sessions.store import Caller, Moved, Session, Store
+from app.sessions.session import Caller, Session
+from app.sessions.store import Store
 from app.settings import ConfigFile
 from tests.service import PATIENCE, body
 

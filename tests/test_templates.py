@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.errors import Failure
-from app.steps import templates
+from app.steps import pinning, templates
 from app.steps.templates import Choice, Template
 
 RUN = '_exlab_type: run\n_exlab_version: "1.0"\n_exlab_run_scope: both\n'
@@ -406,7 +406,7 @@ def test_a_pinned_template_has_everything_but_git(folder: Path, target: Path) ->
     (folder / "absolute").symlink_to(folder / "run.sh")
     (folder / "round").symlink_to("../confocal/run.sh")
     (folder / "empty").mkdir(mode=0o500)
-    assert templates.pin(folder, target) is None
+    assert pinning.pin(folder, target) is None
     assert contents(target) == {
         "absolute": "run.sh",
         "copier.yml": (PROJECT.encode(), 0o644),
@@ -422,9 +422,9 @@ def test_a_pinned_template_has_everything_but_git(folder: Path, target: Path) ->
 
 
 def test_a_pinned_template_stays_as_it_was(folder: Path, target: Path) -> None:
-    templates.pin(folder, target)
+    pinning.pin(folder, target)
     (folder / "copier.yml").write_text(RUN)
-    assert templates.pin(folder, target) is None
+    assert pinning.pin(folder, target) is None
     assert (target / "copier.yml").read_text() == PROJECT
 
 
@@ -432,14 +432,14 @@ def test_what_a_crash_left_of_a_copy_is_cleared(folder: Path, target: Path) -> N
     partial = target.with_name("template.partial")
     partial.mkdir(parents=True)
     (partial / "half").write_text("half")
-    assert templates.pin(folder, target) is None
+    assert pinning.pin(folder, target) is None
     assert list(contents(target)) == ["copier.yml"]
 
 
 def test_a_killed_pin_leaves_no_template_and_the_next_one_is_whole(folder: Path, target: Path) -> None:
     for number in range(400):
         (folder / f"{number}.txt").write_text("x" * 1000)
-    code = "import sys, pathlib; from app.steps import templates; templates.pin(*map(pathlib.Path, sys.argv[1:]))"
+    code = "import sys, pathlib; from app.steps import pinning; pinning.pin(*map(pathlib.Path, sys.argv[1:]))"
     with subprocess.Popen([sys.executable, "-c", code, str(folder), str(target)]) as process:
         deadline = time.monotonic() + 30
         begun = target.with_name("template.partial") / "200.txt"
@@ -448,7 +448,7 @@ def test_a_killed_pin_leaves_no_template_and_the_next_one_is_whole(folder: Path,
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not target.exists()
-    assert templates.pin(folder, target) is None
+    assert pinning.pin(folder, target) is None
     assert contents(target) == contents(folder)
 
 
@@ -498,37 +498,37 @@ def test_a_template_that_cannot_be_copied_safely_is_refused(
     folder: Path, target: Path, spoil: object
 ) -> None:
     spoil(folder)  # type: ignore[operator]
-    found = templates.pin(folder, target)
+    found = pinning.pin(folder, target)
     assert isinstance(found, Failure)
     assert found.code == "template_load_error"
     assert os.listdir(target.parent) == []
-    assert isinstance(templates.survey(folder, follow=True), Failure)
+    assert isinstance(pinning.survey(folder, follow=True), Failure)
 
 
 def test_a_template_with_too_many_files_is_refused(
     folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "_MOST_FILES", 3)
+    monkeypatch.setattr(pinning, "_MOST_FILES", 3)
     for number in range(4):
         (folder / str(number)).touch()
-    assert isinstance(templates.pin(folder, target), Failure)
+    assert isinstance(pinning.pin(folder, target), Failure)
 
 
 def test_a_link_in_a_circle_is_refused_where_copier_would_follow_it(folder: Path) -> None:
     for one, other in (("a", "b"), ("b", "a")):
         (folder / one).mkdir()
         (folder / one / "on").symlink_to(f"../{other}")
-    found = templates.survey(folder, follow=True)
+    found = pinning.survey(folder, follow=True)
     assert isinstance(found, Failure)
     assert "circle" in found.message
-    assert not isinstance(templates.survey(folder, follow=False), Failure)
+    assert not isinstance(pinning.survey(folder, follow=False), Failure)
 
 
 @pytest.mark.parametrize("leads_to", ["nothing", "link"])
 def test_a_link_to_nothing_is_refused_only_where_copier_would_follow_it(folder: Path, leads_to: str) -> None:
     (folder / "link").symlink_to(leads_to)
-    assert isinstance(templates.survey(folder, follow=True), Failure)
-    assert not isinstance(templates.survey(folder, follow=False), Failure)
+    assert isinstance(pinning.survey(folder, follow=True), Failure)
+    assert not isinstance(pinning.survey(folder, follow=False), Failure)
 
 
 def test_links_that_double_at_each_step_are_refused_in_time(folder: Path) -> None:
@@ -537,14 +537,14 @@ def test_links_that_double_at_each_step_are_refused_in_time(folder: Path) -> Non
         (folder / f"d{number}").mkdir()
         for side in ("left", "right"):
             (folder / f"d{number}" / side).symlink_to(f"../d{number - 1}")
-    assert isinstance(templates.survey(folder, follow=True), Failure)
+    assert isinstance(pinning.survey(folder, follow=True), Failure)
 
 
 def test_a_followed_link_counts_as_what_it_leads_to(folder: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub/data").write_text("x" * 10)
     (folder / "link").symlink_to("sub")
-    found = templates.survey(folder, follow=True)
+    found = pinning.survey(folder, follow=True)
     assert not isinstance(found, Failure)
     assert {entry.path: entry.size for entry in found} == {
         "copier.yml": len(PROJECT), "link": 0, "link/data": 10, "sub": 0, "sub/data": 10,
@@ -553,5 +553,5 @@ def test_a_followed_link_counts_as_what_it_leads_to(folder: Path) -> None:
 
 def test_nothing_is_made_below_a_data_root_that_is_not_mounted(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such device"):
-        templates.pin(folder, tmp_path / "absent" / "session" / "template")
+        pinning.pin(folder, tmp_path / "absent" / "session" / "template")
     assert not (tmp_path / "absent").exists()

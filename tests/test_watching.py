@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection
 
-from app.sessions.store import Session
+from app.sessions.session import Session
 from app.web import events
 from tests.held import Held, accepted, frames, holding
 

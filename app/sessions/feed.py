@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator
 import structlog
 
 from app.sessions.events import TERMINAL_KINDS
-from app.sessions.store import Frame, Store
+from app.sessions.session import Frame
+from app.sessions.store import Store
 
 log = structlog.get_logger()
 

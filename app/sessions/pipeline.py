@@ -38,9 +38,11 @@ from app.sessions.lifecycle import (
     Transformed,
     Warned,
 )
-from app.sessions.store import DestinationHeld, Moved, Session, Store
+from app.sessions.moves import DestinationHeld, Moved
+from app.sessions.session import Session
+from app.sessions.store import Store
 from app.settings import ConfigFile, Equipment, Settings, Validator
-from app.steps import check, gate, provenance, publish, render, templates
+from app.steps import check, gate, pinning, provenance, publish, render
 
 log = structlog.get_logger()
 
@@ -225,7 +227,7 @@ class Pipeline:
         passed = await self._passed(session, settings, folder)
         if isinstance(passed, Failure):
             return passed
-        refused = await asyncio.to_thread(templates.pin, passed.template.path, folder / "template")
+        refused = await asyncio.to_thread(pinning.pin, passed.template.path, folder / "template")
         if refused is not None:
             return refused
         return await asyncio.to_thread(_acceptance, session, passed, settings.validator, root)

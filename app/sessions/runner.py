@@ -17,8 +17,10 @@ from app.errors import Failure, StoreUnavailable
 from app.sessions import requests
 from app.sessions.events import timestamp
 from app.sessions.lifecycle import Recovered, State
+from app.sessions.moves import Moved
 from app.sessions.pipeline import Pipeline
-from app.sessions.store import Caller, Moved, Session, Store
+from app.sessions.session import Caller, Session
+from app.sessions.store import Store
 from app.steps import publish
 
 log = structlog.get_logger()

@@ -21,11 +21,12 @@ from typing import Literal
 
 import msgspec
 
-from app import disk, yamltext
+from app import disk
 from app.errors import Failure
 from app.settings import Equipment, Field, Settings
-from app.steps import templates
-from app.steps.templates import Entry, Question, Template, shown
+from app.steps import fields, pinning, templates
+from app.steps.pinning import Entry
+from app.steps.templates import Template, encodable, shown
 
 _EQUIPMENT_ID = re.compile("[A-Z][A-Z0-9_]{0,31}")
 _PROJECT_ID = re.compile("PROJ-[0-9]+")
@@ -38,9 +39,6 @@ _LARGEST = 2**63
 
 _DEVICES = ("CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10)))
 """Names that Windows keeps for itself, with any suffix; a data root is often shared with Windows."""
-
-# Overrides and isolates reorder what stands around them: a name that shows as another one.
-_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 _RUN_DATE = re.compile(
     r"(\d{4}-\d\d-\d\d|\d{8}|\d{4}-W\d\d-\d|\d{4}W\d{3})"
@@ -226,23 +224,9 @@ def _words(field: str, given: str, longest: int, *, lines: bool = False) -> str:
     if len(text) > longest:
         message = f"{field} has {len(text)} characters; at most {longest} are allowed"
         raise _Refused("field_too_long", message, field, {"max_length": longest})
-    if problem := _unreadable(text, lines=lines):
+    if problem := fields.unreadable(text, lines=lines):
         raise _Refused("validation_failed", f"{field} {problem}", field)
     return text
-
-
-def _unreadable(text: str, *, lines: bool) -> str | None:
-    for character in text:
-        category = unicodedata.category(character)
-        if category == "Cs":
-            return "holds half of a character"
-        if character in _REORDERING:
-            return "holds an invisible mark that reorders text"
-        if character in "\n\r\t" and lines:
-            continue
-        if category in ("Cc", "Zl", "Zp"):
-            return f"holds the control character {shown(character)}"
-    return None
 
 
 def _operator(inputs: Inputs, settings: Settings) -> str:
@@ -268,7 +252,7 @@ def _template(inputs: Inputs, settings: Settings, root: Path) -> tuple[Template,
     if isinstance(template, Failure):
         raise _refusal(template)
     _check_serves(template, inputs)
-    entries = templates.survey(folder, follow=not template.preserve_symlinks)
+    entries = pinning.survey(folder, follow=not template.preserve_symlinks)
     if isinstance(entries, Failure):
         raise _refusal(entries)
     return template, entries
@@ -334,7 +318,7 @@ def _check_text(field: str, text: str) -> None:
     if len(text) > _LONGEST_TEXT:
         message = f"{field} has {len(text)} characters; at most {_LONGEST_TEXT} are allowed"
         raise _Refused("field_too_long", message, field, {"max_length": _LONGEST_TEXT})
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    if "\0" in text or not encodable(text):
         raise _Refused("validation_failed", f"{field} holds a character that no file can hold", field)
 
 
@@ -361,10 +345,10 @@ def _is_blank(value: object) -> bool:
 
 
 def _field_values(
-    fields: tuple[Field, ...], given: dict[str, object], required: set[str]
+    asked: tuple[Field, ...], given: dict[str, object], required: set[str]
 ) -> Iterator[tuple[str, object]]:
     """What was given, without what was left blank. Defaults are what a form starts with, and fill nothing in."""
-    for field in fields:
+    for field in asked:
         value, name = given.get(field.id), f"readme_extra.{field.id}"
         if not _is_blank(value):
             yield field.id, _field_value(field, value, name)
@@ -373,34 +357,20 @@ def _field_values(
 
 
 def _field_value(field: Field, value: object, name: str) -> object:
+    tidy = _tidied(field, value)
+    if problem := fields.misfit(field, tidy):
+        raise _Refused("validation_failed", f"the README field {field.id} is {shown(value)}: {problem}", name)
+    return tidy
+
+
+def _tidied(field: Field, value: object) -> object:
+    """Without blanks around a date; a number among choices as the text that it is shown as."""
     match field.type, value:
-        case "string", str():
-            if problem := _unreadable(value, lines=False):
-                raise _Refused("validation_failed", f"the README field {field.id} {problem}", name)
-            return value
-        case "text", str():
-            return value
-        case "boolean", bool():
-            return value
-        case "number", int() | float() if not isinstance(value, bool):
-            return value
-        case "date", str() if _is_date(value):
+        case "date", str():
             return value.strip()
-        case "choice", str() | int() | float() if str(value) in (field.options or ()):
+        case "choice", int() | float() if not isinstance(value, bool):
             return str(value)
-    expected = {"choice": "one of " + ", ".join(field.options or ()), "date": "a date such as 2026-04-17"}
-    message = (
-        f"the README field {field.id} is {shown(value)}; expected {expected.get(field.type, field.type)}"
-    )
-    raise _Refused("validation_failed", message, name)
-
-
-def _is_date(text: str) -> bool:
-    try:
-        datetime.date.fromisoformat(text.strip())
-    except ValueError:
-        return False
-    return re.fullmatch(r"\d{4}-\d\d-\d\d", text.strip(), re.ASCII) is not None
+    return value
 
 
 def _custom(given: dict[str, object]) -> Iterator[dict[str, object]]:
@@ -424,73 +394,12 @@ def _check_variables(inputs: Inputs, template: Template, answers: dict[str, obje
     for question in template.questions:
         name = f"variables.{question.name}"
         if question.name in answers:
-            _check_answer(question, answers[question.name], name)
+            answer = answers[question.name]
+            if problem := fields.wrong_answer(question, answer):
+                message = f"{question.name} is {shown(answer)}: {problem}"
+                raise _Refused("validation_failed", message, name)
         elif question.required and question.name != "destination":
             raise _Refused("validation_failed", f"the template asks for {question.name}", name)
-
-
-def _check_answer(question: Question, answer: object, name: str) -> None:
-    if question.computed:
-        return
-    try:
-        if not question.multiselect:
-            _check_choice(question, answer)
-        elif isinstance(answer, list):
-            for one in answer:
-                _check_choice(question, one)
-        else:
-            raise ValueError(f"{shown(answer)}; expected a list")
-    except ValueError as error:
-        raise _Refused("validation_failed", f"{question.name} is {error}", name) from error
-
-
-def _check_choice(question: Question, answer: object) -> None:
-    value = _cast(question, answer)
-    if question.choices and not any(_same(value, _cast(question, one.value)) for one in question.choices):
-        labels = ", ".join(choice.label for choice in question.choices[:20])
-        raise ValueError(f"{shown(answer)}; expected one of {labels}")
-
-
-def _same(one: object, other: object) -> bool:
-    # To Python true equals 1.
-    return one == other and isinstance(one, bool) == isinstance(other, bool)
-
-
-def _cast(question: Question, value: object) -> object:
-    """`value` as Copier will take it; ValueError where it takes it for wrong, or for something surprising."""
-    try:
-        match question.type, value:
-            case "str", str() | int() | float() if not isinstance(value, bool):
-                return str(value)
-            case "path", str():
-                return value
-            case "int", int() | str() if not isinstance(value, bool):
-                return int(value)
-            case "int", float() if value.is_integer():
-                return int(value)
-            case "float", int() | float() | str() if not isinstance(value, bool):
-                return _finite(float(value))
-            case "bool", bool():
-                return value
-            case "bool", int() | float() if value in (0, 1):
-                return bool(value)
-            case "bool", str():
-                return templates.truth(value)
-            case "json", str():
-                return msgspec.json.decode(value)
-            case "yaml", str():
-                return yamltext.parse(value.encode()).value
-            case (("json" | "yaml"), _):
-                return value
-    except (ValueError, OverflowError, RecursionError, msgspec.DecodeError, yamltext.Unreadable) as error:
-        raise ValueError(f"{shown(value)}, which cannot be read as {question.type}") from error
-    raise ValueError(f"{shown(value)}; expected {question.type}")
-
-
-def _finite(number: float) -> float:
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is no number")
-    return number
 
 
 def _destination(

@@ -10,7 +10,8 @@ from litestar.types import ASGIApp, ControllerRouterHandler
 
 from app.sessions.feed import Feed
 from app.sessions.runner import Runner
-from app.sessions.store import Caller, Store
+from app.sessions.session import Caller
+from app.sessions.store import Store
 from app.settings import ConfigFile
 from app.web import openapi
 from app.web.bodies import BodyCheck

@@ -20,7 +20,8 @@ from app.errors import CursorAhead, CursorInvalid, StoreUnavailable
 from app.sessions import events
 from app.sessions.events import TERMINAL_KINDS
 from app.sessions.feed import Feed, Stopping
-from app.sessions.store import Frame, Session, Store
+from app.sessions.session import Frame, Session
+from app.sessions.store import Store
 from app.web import errors, sockets
 from app.web.sockets import Frames, Socket
 

@@ -42,7 +42,10 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class _Call(msgspec.Struct, frozen=True, kw_only=True):
-    """What the guard looks at of one request or handshake. `method` is empty for a WebSocket."""
+    """What the guard looks at of one request or handshake.
+
+    `method` is empty for a WebSocket; `address` is where the connection came in.
+    """
 
     method: str
     host: tuple[str, ...]
@@ -51,7 +54,7 @@ class _Call(msgspec.Struct, frozen=True, kw_only=True):
     asks_leave: bool
     trace_id: str
     scheme: str
-    port: int | None
+    address: tuple[str, int | None]
 
     @property
     def preflight(self) -> bool:
@@ -112,13 +115,14 @@ class Guard:
 
     def _judge(self, call: _Call, foreign: str | None) -> None:
         """Forbidden, unless the request came to us, from us or from where the config says."""
-        hosts = _LOOPBACK | {_bracketed(self._config.current.service.host.lower())}
+        names = (self._config.current.service.host, call.address[0])
+        hosts = _LOOPBACK | {_bracketed(name.lower()) for name in names}
         host = _HOST.fullmatch(call.host[0].lower()) if len(call.host) == 1 else None
         if host is None or host[1] not in hosts:
             raise Forbidden("The Host header names another service.")
         if foreign is not None:
             return
-        ports = {call.port, int(host[2] or _PORTS[call.scheme])}
+        ports = {call.address[1], int(host[2] or _PORTS[call.scheme])}
         if call.origin and not _is_ours(call.origin, hosts, ports):
             raise Forbidden("The request comes from a page of another origin.")
         if call.method not in SAFE_METHODS and call.fetch_site == "cross-site":
@@ -138,7 +142,6 @@ def _call(scope: Scope) -> _Call:
     headers: Headers = list(scope["headers"])
     given = _values(headers, b"x-trace-id")
     sane = len(given) == 1 and _TRACE_ID.fullmatch(given[0]) is not None
-    server = scope.get("server")
     return _Call(
         method=_method(scope),
         host=_values(headers, b"host"),
@@ -147,7 +150,7 @@ def _call(scope: Scope) -> _Call:
         asks_leave=bool(_values(headers, b"access-control-request-method")),
         trace_id=given[0] if sane else uuid.uuid4().hex,
         scheme=scope["scheme"],
-        port=server[1] if server else None,
+        address=scope.get("server") or ("", None),
     )
 
 

@@ -21,7 +21,7 @@ from app.sessions.lifecycle import LIVE, State
 from app.sessions.runner import Runner
 from app.sessions.store import Store
 from app.settings import ConfigFile, SetupState
-from app.steps import publish
+from app.steps import provenance, publish
 
 PATIENCE_SECONDS = 2.0
 LITTLE_ROOM = 1024**3
@@ -66,7 +66,12 @@ class Health:
         return Report(
             status=_worst(components.values()),
             version=version(),
-            schema_versions={"store": self._store.revision},
+            schema_versions={
+                "store": self._store.revision,
+                "creation_json": provenance.CREATION_SCHEMA,
+                "readme_fields_json": provenance.README_SCHEMA,
+                "equipment_json": provenance.EQUIPMENT_SCHEMA,
+            },
             components=components,
             setup_state=self._config.status.state,
         )

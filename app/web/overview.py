@@ -7,7 +7,8 @@ from litestar.di import NamedDependency
 
 from app.errors import CursorAhead
 from app.sessions.feed import Feed
-from app.sessions.store import Frame, Store
+from app.sessions.session import Frame
+from app.sessions.store import Store
 from app.web import sockets
 from app.web.events import cursor, require_epoch
 from app.web.sockets import Frames, Socket

@@ -19,7 +19,8 @@ from app.sessions.events import timestamp
 from app.sessions.lifecycle import PHASES, State
 from app.sessions.requests import CancelBody, CreateBody, ResumeBody, RetryBody
 from app.sessions.runner import Runner
-from app.sessions.store import Caller, LogLine, Prompt, Query, Session, Store
+from app.sessions.session import Caller, LogLine, Prompt, Query, Session
+from app.sessions.store import Store
 from app.settings import ConfigFile
 from app.web import errors
 
