@@ -11,8 +11,6 @@ import os
 import shlex
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -183,26 +181,26 @@ def serve(config: Path | None, host: str | None, port: int | None, demo: Path | 
     # Here, so that the other commands do not wait for what only a service needs.
     from app.main import serve as run
 
+    show_around = _nothing_more
     if demo is not None:
         config = laboratory.build(demo.absolute())
         command = click.get_current_context().find_root().command_path
-        threading.Thread(target=_show_around, args=(command, config, host), daemon=True).start()
-    raise SystemExit(run(config, host=host, port=port, hold=hold))
+        show_around = functools.partial(_show_around, command, config.parent)
+    raise SystemExit(run(config, host=host, port=port, hold=hold, ready=show_around))
 
 
-def _show_around(command: str, config: Path, host: str | None) -> None:
-    """Wait until this process serves the demo, as any other program would, and tell what can be done with it."""
-    service = settings.load(config).service
-    note = service.state_dir / "server.json"
-    while not (note.exists() and json.loads(note.read_bytes())["pid"] == os.getpid()):
-        time.sleep(0.05)
-    url = address(service.state_dir, host or service.host)
+def _nothing_more(_url: str) -> None:
+    """The ready line says all."""
+
+
+def _show_around(command: str, lab: Path, url: str) -> None:
+    """Tell what can be done with the demo that is served at `url`."""
     project, run = (
-        shlex.quote(str(config.parent / "examples" / name)) for name in ("project.json", "confocal_run.json")
+        shlex.quote(str(lab / "examples" / name)) for name in ("project.json", "confocal_run.json")
     )
     _note(
         f"""
-The demo laboratory is in {config.parent}; delete that folder when you have seen enough.
+The demo laboratory is in {lab}; delete that folder when you have seen enough.
 
   The API, to try out    {url}/schema
   Open a project         {command} create --url {url} --follow {project}

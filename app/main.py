@@ -5,15 +5,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
 import structlog
 import uvicorn
-from litestar import Litestar
+from litestar.types import ASGIApp
 
 from app import telemetry
 from app.errors import StoreBroken, StoreRefused
@@ -75,31 +76,28 @@ class House:
             await asyncio.sleep(CONFIG_SECONDS)
 
 
-def create_app(house: House) -> Litestar:
-    """The application on `house`, which it starts and stops with its own life."""
-
-    @asynccontextmanager
-    async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        async with house.living():
-            yield
-
-    return doors.litestar(
+def create_app(house: House) -> ASGIApp:
+    """The application on a house that lives as long as it is served."""
+    app = doors.litestar(
         store=house.store,
         runner=house.runner,
         feed=house.feed,
         config=house.config,
         isolation=house.renderer.isolation,
-        lifespan=lifespan,
     )
+    return doors.guarded(app, house.config)
 
 
 class Server(uvicorn.Server):
     """Says when it is ready, and drains the house before it closes the connections."""
 
-    def __init__(self, config: uvicorn.Config, house: House, announce: Path) -> None:
+    def __init__(
+        self, config: uvicorn.Config, house: House, announce: Path, ready: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._house = house
         self._announce = announce
+        self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -111,7 +109,9 @@ class Server(uvicorn.Server):
         draft = self._announce.with_suffix(".draft")
         draft.write_bytes(msgspec.json.encode(known))
         draft.replace(self._announce)
-        print(f"exlab-sessions ready on http://{self.config.host}:{port}", flush=True)
+        url = f"http://{self.config.host}:{port}"
+        print(f"exlab-sessions ready on {url}", flush=True)
+        self._ready(url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._house.drain()
@@ -119,19 +119,44 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(config_path: Path | None, *, host: str | None, port: int | None, hold: bool) -> int:
-    """Run the service until SIGTERM or SIGINT; returns the exit status."""
+def serve(
+    config_path: Path | None,
+    *,
+    host: str | None,
+    port: int | None,
+    hold: bool,
+    ready: Callable[[str], None],
+) -> int:
+    """Run the service until SIGTERM or SIGINT; returns the exit status. `ready` is called with its address."""
     telemetry.configure()
-    config = ConfigFile(config_path)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn raises a signal again after it has obeyed it; a drained service exits with 0.
+        signal.signal(number, _obeyed)
+    try:
+        return asyncio.run(_serve(ConfigFile(config_path), host, port, hold, ready))
+    except (StoreRefused, OSError) as refused:
+        print(f"exlab-sessions: {refused}", file=sys.stderr)
+        return 1
+
+
+async def _serve(
+    config: ConfigFile, host: str | None, port: int | None, hold: bool, ready: Callable[[str], None]
+) -> int:
     service = config.current.service
+    address = host or service.host
+    if not _is_loopback(address):
+        print(
+            f"exlab-sessions: {address} is not a loopback address, and there are no tokens", file=sys.stderr
+        )
+        return 1
     house = House(config, held=hold)
     settings = uvicorn.Config(
-        doors.guarded(create_app(house), config),
-        host=host or service.host,
+        create_app(house),
+        host=address,
         port=service.port if port is None else port,
         log_config=None,
         access_log=False,
-        lifespan="on",
+        lifespan="off",
         ws="websockets-sansio",
         ws_per_message_deflate=False,
         ws_max_size=64 * 1024,
@@ -140,16 +165,17 @@ def serve(config_path: Path | None, *, host: str | None, port: int | None, hold:
         timeout_graceful_shutdown=5,
         server_header=False,
     )
-    server = Server(settings, house, service.state_dir / "server.json")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises a signal again after it has obeyed it; a drained service exits with 0.
-        signal.signal(number, _obeyed)
-    try:
-        server.run()
-    except StoreRefused as refused:
-        print(f"exlab-sessions: {refused}", file=sys.stderr)
-        return 1
+    server = Server(settings, house, service.state_dir / "server.json", ready)
+    async with house.living():
+        await server.serve()
     return 0 if server.started else 1
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _obeyed(_number: int, _frame: object) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import msgspec
 import uvicorn
-from litestar import Litestar
 from websockets.asyncio.client import ClientConnection, connect
 
 from app.demo import laboratory
@@ -40,6 +39,7 @@ from app.sessions.store import Store
 from app.settings import ConfigFile
 from app.steps.render import Renderer
 from app.web import doors
+from tests.service import PATIENCE
 
 CALLER = Caller(principal="local", trace_id="test")
 FIELD = msgspec.Raw(b'{"id":"dose","label":"Dose","type":"number","required":true}')
@@ -61,13 +61,13 @@ class Held:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
+        await self.store.open()
         app = doors.litestar(
             store=self.store,
             runner=self.runner,
             feed=self.feed,
             config=self.config,
             isolation={},
-            lifespan=self._lifespan,
         )
         self.server = uvicorn.Server(
             uvicorn.Config(
@@ -75,7 +75,7 @@ class Held:
                 host="127.0.0.1",
                 port=0,
                 log_config=None,
-                lifespan="on",
+                lifespan="off",
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
                 timeout_graceful_shutdown=2,
@@ -92,13 +92,6 @@ class Held:
             self.feed.stop()
             self.server.should_exit = True
             await serving
-
-    @asynccontextmanager
-    async def _lifespan(self, _: Litestar) -> AsyncIterator[None]:
-        await self.store.open()
-        try:
-            yield
-        finally:
             await self.store.close()
 
     @property
@@ -199,4 +192,11 @@ def accepted() -> Accepted:
 
 async def frames(socket: ClientConnection) -> list[dict[str, Any]]:
     """Every frame until the connection is closed."""
-    return [msgspec.json.decode(frame) async for frame in socket]
+    async with asyncio.timeout(PATIENCE):
+        return [msgspec.json.decode(frame) async for frame in socket]
+
+
+async def heard(socket: ClientConnection, count: int) -> list[dict[str, Any]]:
+    """The next `count` frames."""
+    async with asyncio.timeout(PATIENCE):
+        return [msgspec.json.decode(await socket.recv()) for _ in range(count)]

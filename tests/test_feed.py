@@ -142,6 +142,26 @@ async def test_there_is_no_gap_under_load(
         assert len({frame.session_id for frame in history}) == 1
 
 
+async def test_what_is_committed_while_a_follower_reads_is_not_slept_through(
+    store: Store, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await walk(store, State.RENDERING)
+    read = store.frames_after
+    in_vain = 0
+
+    async def read_and_be_overtaken(session_id: str, cursor: int, limit: int) -> list[Frame]:
+        nonlocal in_vain
+        page = await read(session_id, cursor, limit)
+        if not page:
+            in_vain += 1
+            if in_vain == 2:  # the first time, the end of the history is said
+                await store.record(session, lead_to(State.FAILED))
+        return page
+
+    monkeypatch.setattr(store, "frames_after", read_and_be_overtaken)
+    assert [frame.seq for frame in await soon(watched(feed, session, 2))] == [3]
+
+
 async def test_a_slow_follower_holds_up_nobody_and_misses_nothing(store: Store, feed: Feed) -> None:
     session = await walk(store, State.RENDERING)
     async with aclosing(feed.follow(session.session_id, 0)) as slow:

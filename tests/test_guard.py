@@ -265,3 +265,12 @@ def test_a_mended_config_names_another_origin_without_a_restart(tmp_path: Path) 
         config.write_text(f"{config.read_text()}\n  origins: [{FRIEND!r}]\n")
         http.get("/setup/status")
         assert http.get("/ready", headers={"Origin": FRIEND}).status_code == 200
+
+
+def test_the_address_that_the_service_is_told_to_listen_on_is_a_host_of_ours(tmp_path: Path) -> None:
+    with (
+        running(laboratory.build(tmp_path), "--hold", "--host", "127.0.0.2") as service,
+        service.http() as http,
+    ):
+        assert http.get("/ready").status_code == 200
+        assert http.get("/ready", headers={"Host": "127.0.0.3"}).status_code == 403

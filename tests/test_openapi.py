@@ -10,9 +10,9 @@ import pytest
 from litestar.routes import HTTPRoute
 
 from app.demo import laboratory
-from app.main import House, create_app
+from app.main import House
 from app.settings import ConfigFile
-from app.web import errors
+from app.web import doors, errors
 from tests.service import body, running
 
 
@@ -55,7 +55,10 @@ def codes(operation: dict[str, Any]) -> dict[str, int]:
 
 
 def test_every_route_is_in_the_document(document: dict[str, Any], lab: Path) -> None:
-    app = create_app(House(ConfigFile(lab / "config.yaml"), held=True))
+    house = House(ConfigFile(lab / "config.yaml"), held=True)
+    app = doors.litestar(
+        store=house.store, runner=house.runner, feed=house.feed, config=house.config, isolation={}
+    )
     routes = {
         f"{method} {route.path_format}"
         for route in app.routes

@@ -9,10 +9,16 @@ import httpx
 import msgspec
 import pytest
 from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
-from app.sessions.session import Session
+from app.demo import laboratory
+from app.sessions.store import Session
 from app.web import events
-from tests.held import Held, accepted, frames, holding
+from tests.held import Held, accepted, frames, heard, holding
+from tests.service import body, running
+
+SSE = {"Accept": "text/event-stream"}
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ async def until(holds: Callable[[], bool]) -> None:
 async def test_a_viewer_gets_the_history_then_the_live_events_and_a_normal_close(held: Held) -> None:
     session = await held.at_plugins()
     async with held.socket(of(session, "?after=0")) as socket:
-        history = [msgspec.json.decode(await socket.recv()) for _ in range(session.head_seq)]
+        history = await heard(socket, session.head_seq)
         await held.done(session)
         live = await frames(socket)
     assert seqs(history + live) == list(range(1, len(history + live) + 1))
@@ -69,7 +75,7 @@ async def test_a_client_that_comes_back_goes_on_exactly_after_its_cursor(held: H
     found: list[int] = []
     for _ in range(3):
         async with held.socket(of(session, f"?after={len(found)}")) as socket:
-            found += [msgspec.json.decode(await socket.recv())["seq"] for _ in range(333)]
+            found += seqs(await heard(socket, 333))
             socket.transport.abort()
     async with held.socket(of(session, f"?after={len(found)}")) as socket:
         found += seqs(await frames(socket))
@@ -95,7 +101,7 @@ async def test_frames_come_as_text_for_a_client_that_asks_for_it(held: Held) -> 
 async def test_markers_say_hello_first_and_caught_up_once_before_the_live_events(held: Held) -> None:
     session = await held.at_plugins()
     async with held.socket(of(session, "?after=1&markers=true")) as socket:
-        first = [msgspec.json.decode(await socket.recv()) for _ in range(4)]
+        first = await heard(socket, 4)
         await held.done(session)
         rest = await frames(socket)
     epoch = held.store.epoch
@@ -165,7 +171,7 @@ async def test_a_client_without_a_cursor_is_asked_what_is_open(held: Held) -> No
     session = await held.answered(await held.asking(prompt_id="settled"))
     session = await held.asking(session, prompt_id="open")
     async with held.socket(of(session)) as socket:
-        found = [msgspec.json.decode(await socket.recv()) for _ in range(session.head_seq - 1)]
+        found = await heard(socket, session.head_seq - 1)
     assert [frame.get("prompt_id") for frame in found if frame["kind"] == "input_required"] == ["open"]
 
 
@@ -245,7 +251,7 @@ async def test_the_overview_tells_of_all_sessions_in_the_order_of_their_commits(
         await until(lambda: held.feed.followers == 1)
         first = await held.created()
         await held.failed(before)
-        found = [msgspec.json.decode(await socket.recv()) for _ in range(2)]
+        found = await heard(socket, 2)
     assert [each["session_id"] for each in found] == [first.session_id, before.session_id]
     assert [each["frame"]["kind"] for each in found] == ["phase", "failed"]
     assert found[1]["position"] > found[0]["position"]
@@ -255,7 +261,7 @@ async def test_the_overview_goes_on_after_a_position(held: Held) -> None:
     for _ in range(3):
         await held.created()
     async with held.socket("/events?after=0") as socket:
-        found = [msgspec.json.decode(await socket.recv()) for _ in range(3)]
+        found = await heard(socket, 3)
     async with held.socket(f"/events?after={found[1]['position']}&frames=text") as socket:
         again = await socket.recv()
     assert isinstance(again, str) and msgspec.json.decode(again) == found[2]
@@ -299,7 +305,7 @@ async def test_a_page_that_cannot_be_is_refused(held: Held, query: str, status: 
 
 async def streamed(http: httpx.AsyncClient, session: Session, cursor: str = "") -> tuple[int, list[str]]:
     """The status, and the lines of the stream until its end."""
-    headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": cursor} if cursor else {})
+    headers = SSE | ({"Last-Event-ID": cursor} if cursor else {})
     async with http.stream("GET", of(session), headers=headers) as answer:
         return answer.status_code, [line async for line in answer.aiter_lines()]
 
@@ -343,22 +349,18 @@ async def test_a_stream_on_which_nothing_happens_is_kept_alive(
 ) -> None:
     monkeypatch.setattr(events, "KEEP_ALIVE_SECONDS", 0.02)
     session = await held.created()
-    async with held.http() as http:
-        headers = {"Accept": "text/event-stream"}
-        async with http.stream("GET", of(session), headers=headers) as answer:
-            lines = answer.aiter_lines()
-            while await anext(lines) != ": still here":
-                pass
-            await held.failed(session)
-            assert ids([line async for line in lines]) == [2]
+    async with held.http() as http, http.stream("GET", of(session), headers=SSE) as answer:
+        lines = answer.aiter_lines()
+        while await anext(lines) != ": still here":
+            pass
+        await held.failed(session)
+        assert ids([line async for line in lines]) == [2]
 
 
 async def test_a_browser_that_leaves_is_noticed(held: Held) -> None:
     session = await held.created()
-    async with held.http() as http:
-        headers = {"Accept": "text/event-stream"}
-        async with http.stream("GET", of(session), headers=headers):
-            await until(lambda: held.feed.followers == 1)
+    async with held.http() as http, http.stream("GET", of(session), headers=SSE):
+        await until(lambda: held.feed.followers == 1)
     await until(lambda: held.feed.followers == 0)
 
 
@@ -374,7 +376,7 @@ async def test_a_stopping_service_ends_its_streams(held: Held) -> None:
 async def test_head_of_a_stream_ends_with_its_headers(held: Held) -> None:
     session = await held.created()
     async with held.http() as http:
-        answer = await http.head(of(session), headers={"Accept": "text/event-stream"})
+        answer = await http.head(of(session), headers=SSE)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
     await until(lambda: held.feed.followers == 0)
 
@@ -384,5 +386,42 @@ async def test_a_session_that_is_let_in_while_it_is_watched_is_told_at_once(held
     async with held.socket(of(session, "?after=1")) as socket:
         await until(lambda: held.feed.followers == 1)
         await held.store.record(session, accepted())
-        async with asyncio.timeout(20):
-            assert msgspec.json.decode(await socket.recv())["phase"] == "rendering_template"
+        assert (await heard(socket, 1))[0]["phase"] == "rendering_template"
+
+
+def test_a_service_that_is_terminated_tells_its_viewers_to_come_back(tmp_path: Path) -> None:
+    with running(laboratory.build(tmp_path), "--hold") as service, service.http() as http:
+        session_id = http.post("/sessions", json=body(tmp_path, "project")).json()["session_id"]
+        path = f"/sessions/{session_id}/events"
+        url = service.url.replace("http", "ws", 1) + "/api/v1" + path
+        with connect(url, proxy=None) as viewer, http.stream("GET", path, headers=SSE) as stream:
+            viewer.recv(timeout=20)
+            lines = stream.iter_lines()
+            assert next(lines) == "id: 1"
+            assert service.stop() == 0
+            assert "id: 2" not in list(lines)
+            with pytest.raises(ConnectionClosed):
+                viewer.recv(timeout=20)
+            assert viewer.close_code in (1001, 1012)
+
+
+def test_a_real_creation_is_told_from_its_first_event_to_its_last(tmp_path: Path) -> None:
+    with running(laboratory.build(tmp_path)) as service, service.http() as http:
+        url = service.url.replace("http", "ws", 1) + "/api/v1"
+        with connect(f"{url}/events", proxy=None) as overview:
+            session_id = http.post("/sessions", json=body(tmp_path, "project")).json()["session_id"]
+            with connect(f"{url}/sessions/{session_id}/events", proxy=None) as viewer:
+                told = [msgspec.json.decode(frame) for frame in viewer]
+            assert viewer.close_code == 1000 and seqs(told) == list(range(1, len(told) + 1))
+            seen = [msgspec.json.decode(overview.recv(timeout=20)) for _ in told]
+    phases = [frame["phase"] for frame in told if frame["kind"] == "phase"]
+    assert phases == [
+        "validating_inputs",
+        "rendering_template",
+        "running_plugins",
+        "writing_cache",
+        "validating_post_creation",
+        "queueing_nas_sync",
+    ]
+    assert told[-1]["kind"] == "done" and Path(told[-1]["result"]["path"]).is_dir()
+    assert [each["frame"] for each in seen] == told

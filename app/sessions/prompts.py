@@ -78,7 +78,7 @@ def _matches(pattern: str, text: str) -> bool:
     try:
         return re2.fullmatch(pattern, text, _RE2) is not None
     except re2.error as error:
-        raise ValueError(f"the pattern cannot be used: {error}") from error
+        raise ValueError(f"the pattern cannot be used: {error.args[0].decode()}") from error
 
 
 def _outside(field: PromptField, amount: float, unit: str) -> str | None:

@@ -14,7 +14,7 @@ import unicodedata
 from app.settings import Field
 from app.steps import casting
 from app.steps.casting import QuestionType
-from app.steps.templates import Question, shown
+from app.steps.templates import Question, encodable, shown
 
 _NAMED = 20
 """As many options are listed to who chose none of them."""
@@ -36,9 +36,13 @@ def misfit(field: Field, value: object) -> str | None:
         case "date":
             return None if _is_date(value) else "expected a date as YYYY-MM-DD"
         case "text":
-            return None if isinstance(value, str) else "expected a text"
+            return _not_storable(value) if isinstance(value, str) else "expected a text"
         case "string":
             return unreadable(value) if isinstance(value, str) else "expected a text"
+
+
+def _not_storable(text: str) -> str | None:
+    return None if encodable(text) else "holds half of a character"
 
 
 def _is_number(value: object) -> bool:
@@ -63,10 +67,10 @@ def _listed(options: tuple[str, ...]) -> str:
 
 def unreadable(text: str, *, lines: bool = False) -> str | None:
     """What keeps people from reading `text` as it is; more than one line is fine with `lines`."""
+    if problem := _not_storable(text):
+        return problem
     for character in text:
         category = unicodedata.category(character)
-        if category == "Cs":
-            return "holds half of a character"
         if character in _REORDERING:
             return "holds an invisible mark that reorders text"
         if character in "\n\r\t" and lines:

@@ -1,7 +1,6 @@
 """The web side of the service: every route, what the handlers are given, and the guard in front."""
 
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from litestar import Litestar, Request, Router
@@ -46,7 +45,6 @@ def litestar(
     feed: Feed,
     config: ConfigFile,
     isolation: dict[str, str],
-    lifespan: Callable[[Litestar], AbstractAsyncContextManager[None]],
 ) -> Litestar:
     """The application. A server is given it `guarded`."""
     health = Health(store=store, runner=runner, feed=feed, config=config, isolation=isolation)
@@ -57,7 +55,6 @@ def litestar(
         exception_handlers=HANDLERS,
         middleware=[BodyCheck()],
         openapi_config=openapi.config(),
-        lifespan=[lifespan],
         logging_config=None,
         debug=False,
         pdb_on_exception=False,
