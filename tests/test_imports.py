@@ -20,6 +20,7 @@ DOORS = {
     "uvicorn": ("app.main",),
     "sqlalchemy": ("app.database", "app.sessions.moves", "app.sessions.store", "migrations"),
     "alembic": ("app.database", "migrations"),
+    "re2": ("app.sessions.prompts",),
     "copier": ("app.steps.render",),
 }
 """Which modules alone may import a dependency."""
