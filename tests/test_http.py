@@ -573,13 +573,21 @@ async def test_health_does_not_wait_for_a_disk_that_is_silent(
     held: Held, calls: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = asyncio.Event()
+    looks = 0
+
+    async def look() -> None:
+        nonlocal looks
+        looks += 1
+        await released.wait()
+
     monkeypatch.setattr("app.web.health.PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(held.config, "refresh", released.wait)
+    monkeypatch.setattr(held.config, "refresh", look)
     for path in ("/health", "/health", "/setup/status"):
         assert (await calls.get(path)).status_code == 200
     assert (await calls.get("/health")).json()["components"]["data_root"][
         "reason"
     ] == "the disk does not answer"
+    assert looks == 1  # each more would hold a thread that others need
     released.set()
 
 

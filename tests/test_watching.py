@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from app.demo import laboratory
-from app.sessions.store import Session
+from app.sessions.session import Session
 from app.web import events
 from tests.held import Held, accepted, frames, heard, holding
 from tests.service import body, running
