@@ -440,6 +440,8 @@ def _reason(error: Exception, task: _Task) -> str:
             return "The template asks for Jinja extensions. They run code, so they are not loaded here."
         case _Refused() | UserMessageError():
             return str(error)
+        case UnicodeEncodeError(object=text):
+            return f"{text!a} is not valid Unicode."
         case ValueError() | TemplateError():
             return f"{_place(error, task.job)}{error}"
     return f"{_place(error, task.job)}{type(error).__name__}: {error}"
