@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ import structlog
 import uvicorn
 from litestar.types import ASGIApp
 
-from app import telemetry
+from app import disk, telemetry
 from app.errors import StoreBroken, StoreRefused
 from app.sessions.events import timestamp
 from app.sessions.feed import Feed
@@ -31,6 +32,8 @@ log = structlog.get_logger()
 
 CONFIG_SECONDS = 1.0
 """How often the config file is looked at, so that a mended one counts without a restart."""
+
+_asked_to_stop = threading.Event()
 
 BROKEN_STORE = 70
 """Exit status when the store may be lying; a supervisor starts the service again, and that recovers."""
@@ -55,8 +58,7 @@ class House:
         watching = asyncio.create_task(self._watch_config())
         try:
             await self.renderer.start()
-            root = self.config.current.paths.local_root
-            await self.runner.start([root] if root else [])
+            self.runner.start(lambda: self.config.current.paths.local_root)
             yield
         finally:
             watching.cancel()
@@ -104,11 +106,11 @@ class Server(uvicorn.Server):
         if self.should_exit or not self.servers:
             return
         port = int(self.servers[0].sockets[0].getsockname()[1])
-        self._announce.parent.mkdir(parents=True, exist_ok=True)
         known = {"port": port, "pid": os.getpid(), "started_at": timestamp(datetime.now(UTC))}
-        draft = self._announce.with_suffix(".draft")
-        draft.write_bytes(msgspec.json.encode(known))
-        draft.replace(self._announce)
+        try:
+            disk.write_whole(self._announce, msgspec.json.encode(known))
+        except OSError as error:  # a full disk is no reason not to serve: it may be what we are asked about
+            log.warning("server.json could not be written.", why=str(error))
         url = f"http://{self.config.host}:{port}"
         print(f"exlab-sessions ready on {url}", flush=True)
         self._ready(url)
@@ -167,6 +169,8 @@ async def _serve(
     )
     server = Server(settings, house, service.state_dir / "server.json", ready)
     async with house.living():
+        if _asked_to_stop.is_set():
+            return 0
         await server.serve()
     return 0 if server.started else 1
 
@@ -179,7 +183,8 @@ def _is_loopback(address: str) -> bool:
 
 
 def _obeyed(_number: int, _frame: object) -> None:
-    """What was to be done is done."""
+    """A signal that came before the server listened for it, or that it has obeyed already."""
+    _asked_to_stop.set()
 
 
 def _die(broken: StoreBroken) -> None:

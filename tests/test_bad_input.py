@@ -153,10 +153,7 @@ HOSTILE = (
     "..",
     "../../escape",
     "/etc/passwd",
-    "/tmp",
-    "~root",
     "C:\\Windows",
-    "a/b",
     "-rf",
     "CON",
     "a\0b",
@@ -211,30 +208,35 @@ def hostile_bodies(lab: Path) -> Iterator[dict[str, Any]]:
 def test_a_hostile_value_in_any_field_ends_well_or_is_refused_by_name(service: Service, lab: Path) -> None:
     before = outside(lab)
 
-    def attempt(asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        with service.http() as http:
-            answer = posted(http, asked)
-            assert answer.status_code in (201, 422), (asked, answer.text[:500])
-            return asked, ended(http, answer.json()["session_id"]) if answer.status_code == 201 else None
+    def post(asked: dict[str, Any]) -> httpx.Response:
+        with service.http() as one:
+            return posted(one, asked)
 
+    every = list(hostile_bodies(lab))
     with ThreadPoolExecutor(8) as hands:
-        attempts = list(hands.map(attempt, hostile_bodies(lab)))
-    ends = {handle["state"] for _, handle in attempts if handle}
+        answers = list(hands.map(post, every))
+    assert {answer.status_code for answer in answers} == {201, 422}
+    with service.http() as http:
+        attempts = [
+            (asked, ended(http, answer.json()["session_id"]))
+            for asked, answer in zip(every, answers, strict=True)
+            if answer.status_code == 201
+        ]
+    ends = {handle["state"] for _, handle in attempts}
     assert ends == {"done", "failed"}
     for asked, handle in attempts:
-        if handle and handle["state"] == "failed":
+        if handle["state"] == "failed":
             assert handle["error"]["code"] in (
                 "validation_failed",
                 "field_too_long",
                 "template_load_error",
             ), handle
             assert handle["error"]["field"], handle
-        elif handle:
+        else:
             folder = Path(handle["destination"])
             place = folder.relative_to(lab / "data").parts
             assert place[:1] == ("CONFOCAL_01",) and place[1].startswith("PROJ-") and len(place) <= 3
             front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
-            # A text of several lines may hold the mark itself, then indented.
             assert front["label"] == asked["label"].strip()
             assert (folder / ".exlab-wizard" / "creation.json").is_file()
     assert outside(lab) == before
@@ -295,7 +297,6 @@ def test_a_template_behind_a_link_to_elsewhere_is_refused(http: httpx.Client, la
     shutil.copytree(lab / "templates" / "plate_reader_run", lab.parent / "elsewhere")
     (lab / "templates" / "linked").symlink_to(lab.parent / "elsewhere")
     assert code_of(http, bare_run("linked")) == "template_load_error"
-    (lab / "templates" / "leaking").symlink_to(lab / "templates" / "slow")
     template(lab, "leaky", {})
     (lab / "templates" / "leaky" / "passwd").symlink_to("/etc/passwd")
     assert code_of(http, bare_run("leaky")) == "template_load_error"
@@ -313,7 +314,7 @@ def test_a_template_of_too_many_files_is_refused(http: httpx.Client, lab: Path) 
 def test_a_template_of_one_huge_file_is_refused_unread(http: httpx.Client, lab: Path) -> None:
     template(lab, "huge", {"huge": ""})
     os.truncate(lab / "templates" / "huge" / "huge", 10**13)
-    assert code_of(http, bare_run("huge")) in ("template_load_error", "disk_space_insufficient")
+    assert code_of(http, bare_run("huge")) == "template_load_error"
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_a_template_that_cannot_be_rendered_fails_its_session_alone(
     assert (handle["state"], error["code"]) == ("failed", "render_failed"), handle
     assert str(lab / "data" / ".exlab-sessions") not in error["message"]
     assert not Path(handle["destination"]).exists()
-    assert Path(error["details"]["partial_path"]).is_relative_to(lab / "data" / ".exlab-sessions")
+    assert not (lab / "data" / ".exlab-sessions" / handle["session_id"]).exists()
     last = http.get(f"/sessions/{handle['session_id']}/events").json()["events"][-1]
     assert (last["kind"], last["phase"], last["error"]) == ("failed", "rendering_template", error)
 

@@ -227,7 +227,7 @@ def _write_columns(tx: Transaction, session_id: str, outcome: Outcome, *, moves:
             values |= {"recoveries": sessions.c.recoveries + 1, "driven": 1, "alone": int(outcome.alone)}
         case lifecycle.Blocked(code=code, message=message, since=since, retry_at=retry_at):
             blocked = {"code": code, "message": message, "since": since, "retry_at": retry_at}
-            values |= {"blocked_on": _json(blocked), "alone": 0}
+            values |= {"blocked_on": _json(blocked), "driven": 0, "alone": 0}
     if values:
         write_row(tx.db, session_id, values)
 

@@ -7,13 +7,14 @@ when sessions are driven, and how they are stopped, is the runner's affair.
 """
 
 import asyncio
+import errno
 import getpass
 import itertools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 import structlog
@@ -47,6 +48,7 @@ from app.steps import check, gate, pinning, provenance, publish, render
 log = structlog.get_logger()
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Step = Callable[[Session], Awaitable[tuple[Outcome, ...] | Failure]]
 
 OWNED = frozenset({"README.md", ".exlab-wizard"})
@@ -60,6 +62,10 @@ SHOWN = 100
 
 _NAMING = {"project": "lims_project.short_id", "run": "run_date"}
 """The field that names the folder."""
+
+SHOWN_BYTES = 64 * 1024
+
+_WITH_TREE = (State.PLUGIN_PASS, State.CACHE_WRITE, State.POST_VALIDATE, State.SYNC_QUEUED)
 
 RETRY_SECONDS = (1, 2, 4, 8, 10)
 
@@ -92,6 +98,7 @@ class Pipeline:
         self._config = config
         self._choosing_second = asyncio.Lock()
         self._chosen: dict[str, str] = {}
+        self._founded: set[Path] = set()
         self._steps: dict[State, Step] = {
             State.PENDING: self._begin,
             State.VALIDATING: self._validate,
@@ -109,15 +116,22 @@ class Pipeline:
         somebody else has moved the session, or recorded its cancel.
         """
         # Taken up with a tree: that must be as it was when it was sealed.
-        unverified = session.state in (State.PLUGIN_PASS, State.CACHE_WRITE, State.POST_VALIDATE)
+        unverified = session.state in _WITH_TREE
         while session.state in self._steps:
             session = await self._advance(session, verify=unverified)
             unverified = unverified and session.blocked_on is not None
             yield session
 
     async def fail(self, session: Session, failure: Failure) -> Session:
-        """End `session` without its folder; what it had built is kept aside, and `failure` says where."""
-        return await self.record(session, await self._failed(session, failure))
+        """End `session` without its folder; what it had built is kept aside, and `failure` says where.
+
+        It comes back with `blocked_on` if that cannot be done now.
+        """
+        try:
+            failed = await self._failed(session, failure)
+        except BlockedOn as obstacle:
+            return await self._block(session, obstacle)
+        return await self.record(session, failed)
 
     async def abort(self, session: Session, stopped: tuple[str, ...]) -> Session:
         """End a session whose cancel is recorded and whose work has stopped, with a receipt."""
@@ -126,39 +140,46 @@ class Pipeline:
         receipt: dict[str, object] = {"discard_files": discard, "stopped": stopped}
         folder = self._folder(session)
         try:
-            kept = await asyncio.to_thread(_clear, folder, None if discard else _begun(session, folder))
+            kept = await _thread(_put_aside, session, folder, discard)
             receipt |= {"discarded": kept is None, "partial_path": str(kept) if kept else None}
         except OSError as obstacle:
-            # The data root is away. The sweep takes the folder when it is back; the operator is told now.
+            # The data root is away, and the operator is told now. What was to be discarded goes with the
+            # sweep when the root is back; what was to be kept is named, so that the sweep leaves it.
             receipt |= {"discarded": False, "left": str(folder), "reason": str(obstacle)}
+            if not discard and session.state not in (State.PENDING, State.VALIDATING):
+                receipt["partial_path"] = str(session.tree or folder)
         error = Failure(code="cancelled", message="The session was cancelled.", details=receipt)
         return await self.record(session, Cancelled(error=error))
 
     async def _advance(self, session: Session, *, verify: bool) -> Session:
         try:
-            lost = await self._lost(session) if verify else None
-            result = lost or await self._steps[session.state](session)
+            result = await self._attempted(session, verify=verify)
             if isinstance(result, Failure):
                 result = (await self._failed(session, result),)
-        except OSError as error:
-            obstacle = blocked_by(error)
-            if obstacle is None:
-                return await self.fail(session, _internal(session))
-            return await self._block(session, obstacle)
         except BlockedOn as obstacle:
             return await self._block(session, obstacle)
-        except Moved:
-            raise
-        except StoreUnavailable as unavailable:
-            return await self._block(session, BlockedOn(unavailable.code, unavailable.message))
-        except Exception:  # noqa: BLE001 - the edge of a step: whatever it is, the session must learn of it
-            return await self.fail(session, _internal(session))
         try:
             return await self.record(session, *result)
         except DestinationHeld:
             return session  # another session was quicker; the gate looks again
         finally:
             self._chosen.pop(session.session_id, None)
+
+    async def _attempted(self, session: Session, *, verify: bool) -> tuple[Outcome, ...] | Failure:
+        """What the step came to; BlockedOn for what may pass by itself."""
+        try:
+            lost = await self._lost(session) if verify else None
+            return lost or await self._steps[session.state](session)
+        except (Moved, BlockedOn):
+            raise
+        except StoreUnavailable as unavailable:
+            raise BlockedOn(unavailable.code, unavailable.message) from unavailable
+        except OSError as error:
+            if obstacle := blocked_by(error):
+                raise obstacle from error
+            return _internal(session)
+        except Exception:  # noqa: BLE001 - the edge of a step: whatever it is, the session must learn of it
+            return _internal(session)
 
     async def record(self, session: Session, *outcomes: Outcome) -> Session:
         """Record until the store takes it: what a step has done is not done again for a full disk."""
@@ -192,16 +213,28 @@ class Pipeline:
         return await self.record(session, blocked)
 
     async def _failed(self, session: Session, failure: Failure) -> Failed:
-        kept = await asyncio.to_thread(_clear, self._folder(session), session.tree)
-        if kept is None:
+        """Keep what was built and say where; BlockedOn while its place is away."""
+        folder = self._folder(session)
+        details: dict[str, object] = {}
+        try:
+            kept = await _thread(_clear, folder, session.tree)
+            if kept is not None:
+                details["partial_path"] = str(kept)
+        except OSError as error:
+            if obstacle := blocked_by(error):
+                raise obstacle from error
+            log.exception("What a failed session had built stays as it is.", session_id=session.session_id)
+            details |= {"partial_path": str(session.tree or folder), "reason": str(error)}
+        if not details:
             return Failed(error=failure)
-        details = (failure.details or {}) | {"partial_path": str(kept)}
-        return Failed(error=msgspec.structs.replace(failure, details=details))
+        return Failed(error=msgspec.structs.replace(failure, details=(failure.details or {}) | details))
 
     async def _lost(self, session: Session) -> Failure | None:
         """Why a session that is taken up with a tree cannot go on with it; None if it can."""
+        if session.state is State.SYNC_QUEUED and not os.path.lexists(_known(session.tree)):
+            return None  # perhaps published already: that is for the step to find out
         digest = await self._store.manifest(session.session_id)
-        if await asyncio.to_thread(publish.verify, _known(session.tree), digest, owned=OWNED):
+        if await _thread(publish.verify, _known(session.tree), digest, owned=OWNED):
             return None
         return Failure(
             code="staging_lost", message="The files that this session had built are not as it left them."
@@ -223,14 +256,14 @@ class Pipeline:
             raise BlockedOn("setup_incomplete", "the config names no data root any more")
         await self._found(root)
         folder = publish.session_folder(root, session.session_id)
-        await asyncio.to_thread(_clear, folder, None)
+        await _thread(_clear, folder, None)
         passed = await self._passed(session, settings, folder)
         if isinstance(passed, Failure):
             return passed
-        refused = await asyncio.to_thread(pinning.pin, passed.template.path, folder / "template")
+        refused = await _thread(pinning.pin, passed.template.path, folder / "template")
         if refused is not None:
             return refused
-        return await asyncio.to_thread(_acceptance, session, passed, settings.validator, root)
+        return await _thread(_acceptance, session, passed, settings.validator, root)
 
     async def _passed(self, session: Session, settings: Settings, folder: Path) -> gate.Passed | Failure:
         inputs = _inputs(session.request)
@@ -249,7 +282,7 @@ class Pipeline:
     async def _examined(
         self, session: Session, inputs: gate.Inputs, settings: Settings, folder: Path, held: frozenset[str]
     ) -> gate.Passed | Failure:
-        passed = await asyncio.to_thread(
+        passed = await _thread(
             gate.examine, inputs, settings, now=datetime.now(UTC), session_folder=folder, held=held
         )
         if isinstance(passed, Failure):
@@ -263,19 +296,22 @@ class Pipeline:
 
     async def _found(self, root: Path) -> None:
         """Tell a new data root from one that is not mounted: that has lost its mark."""
-        if await asyncio.to_thread(publish.root_present, root):
-            return
-        if await self._store.knows_root(root):
+        known = root in self._founded or await self._store.knows_root(root)
+        present = await _thread(publish.root_present, root)
+        if known and not present:
             raise BlockedOn(
                 "not_mounted", f"the data root is not mounted: {root} has no {publish.STAGING} folder"
             )
-        await asyncio.to_thread(publish.found_root, root)
-        await self._store.note_root(root)
+        if not present:
+            await _thread(publish.found_root, root)
+        if not known:
+            await self._store.note_root(root)
+        self._founded.add(root)
 
     async def _render(self, session: Session) -> tuple[Outcome, ...] | Failure:
         pinned, destination = _pinned(session), _known(session.destination)
         folder = publish.session_folder(_known(session.local_root), session.session_id)
-        tree = await asyncio.to_thread(publish.prepare, folder, destination)
+        tree = await _thread(publish.prepare, folder, destination)
         job = render.Job(
             template=folder / "template",
             source=pinned.template_path,
@@ -286,7 +322,7 @@ class Pipeline:
         rendered = await self._rendering(session, job)
         if isinstance(rendered, Failure):
             return rendered
-        manifest = await asyncio.to_thread(_seal, tree)
+        manifest = await _thread(_seal, tree)
         outcome = Rendered(tree=tree, manifest=manifest, rendered=rendered.files, log=rendered.log)
         # Without plugins nothing happens between the two moves, so they share a transaction.
         return (outcome,) if pinned.plugins else (outcome, Transformed())
@@ -319,11 +355,11 @@ class Pipeline:
         )
 
     async def _document(self, session: Session) -> tuple[Outcome, ...]:
-        await asyncio.to_thread(_write_provenance, session, _pinned(session))
+        await _thread(_write_provenance, session, _pinned(session))
         return (Documented(),)
 
     async def _check(self, session: Session) -> tuple[Outcome, ...]:
-        findings = await asyncio.to_thread(_examine, session, _pinned(session))
+        findings = await _thread(_examine, session, _pinned(session))
         checked = Checked(findings=tuple(msgspec.to_builtins(finding) for finding in findings))
         if not findings:
             return (checked,)
@@ -332,25 +368,22 @@ class Pipeline:
 
     async def _publish(self, session: Session) -> tuple[Outcome, ...] | Failure:
         pinned, destination = _pinned(session), _known(session.destination)
-        refused = await asyncio.to_thread(
-            publish.publish, _known(session.tree), destination, session.session_id
-        )
+        refused = await _thread(publish.publish, _known(session.tree), destination, session.session_id)
         if refused is not None:
             return refused
-        equipment_folder = _known(session.local_root) / pinned.equipment.id
-        await asyncio.to_thread(
-            provenance.write_equipment, equipment_folder, pinned.equipment, datetime.now(UTC)
-        )
-        await asyncio.to_thread(_clear, self._folder(session), None)
+        # From here on nothing may fail the session: its folder is there.
+        cautions = await _thread(_tidy_up, session, pinned)
+        warnings = await self._store.warnings(session.session_id, SHOWN)
+        warnings += [{"code": caution.code, "message": caution.message} for caution in cautions]
         result: dict[str, object] = {
             "path": str(destination),
             "sync_status": _sync_status(session.findings),
             "blocked": bool(session.findings),
-            "findings": session.findings[:SHOWN],
+            "findings": _fitting(session.findings),
             "findings_total": len(session.findings),
-            "warnings": await self._store.warnings(session.session_id, SHOWN),
+            "warnings": _fitting(warnings),
         }
-        return (Published(result=result, nas_path=pinned.nas_path),)
+        return (*cautions, Published(result=result, nas_path=pinned.nas_path))
 
     def _folder(self, session: Session) -> Path | None:
         root = session.local_root or self._config.current.paths.local_root
@@ -471,14 +504,31 @@ def _account() -> str:
         return str(os.getuid())
 
 
-def _clear(folder: Path | None, tree: Path | None) -> Path | None:
-    """Remove what a session keeps aside, all but `tree`; where that is, if it was there."""
-    if folder is None or not os.path.lexists(folder):
-        return None
-    if tree is None:
-        publish.discard(folder)
-        return None
-    return publish.keep(folder, tree)
+def _tidy_up(session: Session, pinned: Pinned) -> tuple[Warned, ...]:
+    """What comes after the publishing; what of it cannot be done is a warning, and for the sweep."""
+    cautions: list[Warned] = []
+    equipment = _known(session.local_root) / pinned.equipment.id
+    try:
+        provenance.write_equipment(equipment, pinned.equipment, datetime.now(UTC))
+    except (OSError, provenance.Unreadable) as error:
+        cautions.append(
+            Warned(code="equipment_not_noted", message=f"equipment.json was not written: {error}")
+        )
+    try:
+        _clear(publish.session_folder(_known(session.local_root), session.session_id), None)
+    except OSError as error:
+        cautions.append(Warned(code="staging_left", message=f"the staging folder is cleared later: {error}"))
+    return tuple(cautions)
+
+
+def _fitting(entries: Sequence[dict[str, object]]) -> tuple[dict[str, object], ...]:
+    """The first of `entries`, as many as a frame has room for."""
+    sizes = itertools.accumulate(len(msgspec.json.encode(entry)) for entry in entries)
+    return tuple(entry for entry, size in zip(entries, sizes, strict=True) if size <= SHOWN_BYTES)[:SHOWN]
+
+
+def _put_aside(session: Session, folder: Path | None, discard: bool) -> Path | None:
+    return _clear(folder, None if discard else _begun(session, folder))
 
 
 def _begun(session: Session, folder: Path | None) -> Path | None:
@@ -486,6 +536,34 @@ def _begun(session: Session, folder: Path | None) -> Path | None:
     if session.tree is not None or folder is None:
         return session.tree
     return next((tree for tree in folder.glob("*/tree") if any(tree.iterdir())), None)
+
+
+def _clear(folder: Path | None, tree: Path | None) -> Path | None:
+    """Remove what a session keeps aside, all but `tree`; where that is, if it was there."""
+    if folder is None:
+        return None
+    if not publish.root_present(folder.parent.parent):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(folder.parent.parent))
+    if not os.path.lexists(folder):
+        return None
+    if tree is None:
+        publish.discard(folder)
+        return None
+    return publish.keep(folder, tree)
+
+
+async def _thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do `work` in a thread. A thread cannot be stopped, so a cancellation goes on when it has ended."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            try:
+                await asyncio.wait({running})
+            except asyncio.CancelledError:
+                continue
+        raise
 
 
 def _internal(session: Session) -> Failure:

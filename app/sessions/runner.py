@@ -5,11 +5,12 @@ and that a recorded cancel is brought to its end. What a step does is the pipeli
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import structlog
 
@@ -29,6 +30,12 @@ SUSPECT_DEATHS = 2
 """Unclean deaths of the service in one step of a session after which the session is driven alone."""
 
 SWEEP_SECONDS = 3600
+ASK_AGAIN_SECONDS = 1.0
+
+_SESSION_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Runner:
@@ -55,18 +62,21 @@ class Runner:
         """Whether the service is stopping and takes no new work."""
         return self._drain.is_set()
 
-    async def start(self, roots: Iterable[Path]) -> None:
-        """Take up every unfinished session, those first, and alone, in which the service has died twice."""
-        unfinished = [] if self.held else await self._store.take_stock()
-        self._housekeep(self._take_up(unfinished))
-        self._housekeep(self._sweep_for_ever(tuple(roots)))
+    def start(self, root: Callable[[], Path | None]) -> None:
+        """Take up every unfinished session, those first, and alone, in which the service has died twice.
+
+        `root` tells the data root that is configured, to be swept from time to time.
+        """
+        if not self.held:
+            self._housekeep(self._take_up())
+            self._housekeep(self._sweep_for_ever(root))
 
     async def admit(self, session: Session) -> Session:
         """Drive a new session; it comes back as it was committed when the gate was through with it.
 
         That is `rendering` or `failed`; or still `validating` when something stands in the gate's way.
         """
-        if self.held:
+        if self.held or self.draining:
             return session
         judged = self._judging.setdefault(session.session_id, asyncio.get_running_loop().create_future())
         self._drive(session)
@@ -97,7 +107,8 @@ class Runner:
             log.warning("The good order of this stop could not be noted.", why=str(unavailable))
 
     def _drive(self, session: Session) -> None:
-        if session.session_id in self._driving or self.held or self.draining:
+        taken = session.session_id in self._driving or session.session_id in self._cancelling
+        if taken or self.held or self.draining:
             return
         task = asyncio.create_task(self._run(session), name=f"drive {session.session_id}")
         self._driving[session.session_id] = task
@@ -112,10 +123,13 @@ class Runner:
 
     async def _run(self, session: Session) -> None:
         try:
+            await self._clear_road(session)
             async with aclosing(self._pipeline.drive(session)) as road:
                 async for step in road:
                     self._judge(step)
-                    await self._between_steps(step)
+                    if step.blocked_on is not None:
+                        await self._wait_out(step, step.blocked_on)
+                    await self._clear_road(step)
                     if self.draining:
                         return
         except Moved:
@@ -128,15 +142,19 @@ class Runner:
                 self._alone_over.set()
             await self._judge_at_last(session.session_id)
 
-    async def _between_steps(self, session: Session) -> None:
-        """Wait for what blocks the session, and beyond the gate for those that are driven alone."""
-        if session.blocked_on is not None:
-            if session.session_id == self._alone:
-                self._alone_over.set()
-            until = datetime.fromisoformat(str(session.blocked_on["retry_at"])) - datetime.now(UTC)
-            await _set_within(self._drain, until.total_seconds())
-        elif session.state not in (State.PENDING, State.VALIDATING) and session.session_id != self._alone:
+    async def _clear_road(self, session: Session) -> None:
+        """Beyond the gate, wait for those that are driven alone."""
+        if session.state not in (State.PENDING, State.VALIDATING) and session.session_id != self._alone:
             await self._open_road.wait()
+
+    async def _wait_out(self, session: Session, blocked_on: dict[str, object]) -> None:
+        """Wait until what blocks the session is looked at again. While it waits, it can end no service."""
+        if session.session_id == self._alone:
+            self._alone = None
+            self._alone_over.set()
+        until = datetime.fromisoformat(str(blocked_on["retry_at"])) - datetime.now(UTC)
+        if not await _set_within(self._drain, until.total_seconds()):
+            await self._until_taken(self._store.mark_driven, session.session_id)
 
     def _judge(self, session: Session) -> None:
         if session.state in (State.PENDING, State.VALIDATING) and session.blocked_on is None:
@@ -155,21 +173,22 @@ class Runner:
         except StoreUnavailable as unavailable:
             judged.set_exception(unavailable)
 
-    async def _take_up(self, unfinished: list[Session]) -> None:
+    async def _take_up(self) -> None:
         """Suspects one by one, each marked as the only one on the road; then all the others at once."""
-        working = [
-            session for session in unfinished if session.state is not State.INPUT_REQUIRED or session.cancel
-        ]
-        suspects = [session for session in working if session.step_deaths >= SUSPECT_DEATHS]
-        for session in suspects:
-            self._alone = session.session_id
-            await self._take_up_one(session, alone=True)
-            if session.session_id in self._driving:
-                await self._alone_over.wait()
-            self._alone_over.clear()
-        self._alone = None
-        self._open_road.set()
-        others = (self._take_up_one(session, alone=False) for session in working if session not in suspects)
+        try:
+            unfinished = await self._until_taken(self._store.take_stock)
+            working = [one for one in unfinished if one.state is not State.INPUT_REQUIRED or one.cancel]
+            suspects = [session for session in working if session.step_deaths >= SUSPECT_DEATHS]
+            for session in suspects:
+                self._alone = session.session_id
+                await self._take_up_one(session, alone=True)
+                if session.session_id in self._driving:
+                    await self._alone_over.wait()
+                self._alone_over.clear()
+        finally:
+            self._alone = None
+            self._open_road.set()
+        others = (self._take_up_one(one, alone=False) for one in working if one not in suspects)
         await asyncio.gather(*others)
 
     async def _take_up_one(self, session: Session, *, alone: bool) -> None:
@@ -178,30 +197,48 @@ class Runner:
             return
         try:
             recovered = await self._pipeline.record(session, Recovered(alone=alone))
-            if session.step_deaths > SUSPECT_DEATHS:
-                message = f"The service died {session.step_deaths} times in this step; it is not tried again."
-                await self._pipeline.fail(recovered, Failure(code="recovery_limit_exceeded", message=message))
-                return
         except Moved:
             return  # its operator was quicker, and cancelled it
-        self._drive(recovered)
+        if session.step_deaths > SUSPECT_DEATHS:
+            self._housekeep(self._give_up(recovered))
+        else:
+            self._drive(recovered)
+
+    async def _give_up(self, session: Session) -> None:
+        """Fail a session that has ended the service too often, as soon as its files can be put aside."""
+        message = f"The service died {session.step_deaths} times in this step; it is not tried again."
+        failure = Failure(code="recovery_limit_exceeded", message=message)
+        while not session.terminal and not self.draining:
+            session = await self._pipeline.fail(session, failure)
+            if session.blocked_on is not None:
+                await self._wait_out(session, session.blocked_on)
 
     def _finish_cancel(self, session_id: str) -> asyncio.Task[Session]:
         if session_id not in self._cancelling:
             task = asyncio.create_task(self._abort(session_id), name=f"cancel {session_id}")
             self._cancelling[session_id] = task
+            task.add_done_callback(_log_failure)
             task.add_done_callback(lambda _: self._cancelling.pop(session_id, None))
         return self._cancelling[session_id]
 
     async def _abort(self, session_id: str) -> Session:
         driving = self._driving.get(session_id)
-        before = await self._store.get(session_id)
+        before = await self._until_taken(self._store.get, session_id)
         if driving is not None:
             await _stop([driving])
-        session = await self._store.get(session_id)
+        session = await self._until_taken(self._store.get, session_id)
         if session.terminal:
             return session
         return await self._pipeline.abort(session, (str(before.state),) if driving is not None else ())
+
+    async def _until_taken(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Ask the store until it can be asked: what is at stake here has nobody who would ask again."""
+        while True:
+            try:
+                return await call(*args, **kwargs)
+            except StoreUnavailable as unavailable:
+                log.warning("The store is away; asking again.", why=str(unavailable))
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     def _housekeep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -209,36 +246,48 @@ class Runner:
         task.add_done_callback(_log_failure)
         task.add_done_callback(self._housekeeping.discard)
 
-    async def _sweep_for_ever(self, roots: tuple[Path, ...]) -> None:
+    async def _sweep_for_ever(self, root: Callable[[], Path | None]) -> None:
         while True:
-            for root in roots:
-                try:
-                    await self.sweep(root)
-                except (OSError, StoreUnavailable) as error:
-                    log.warning("The staging folder could not be swept.", root=str(root), why=str(error))
+            try:
+                await self.sweep(root())
+            except StoreUnavailable as unavailable:
+                log.warning("The staging folder is swept later.", why=str(unavailable))
             if await _set_within(self._drain, SWEEP_SECONDS):
                 return
 
-    async def sweep(self, root: Path) -> None:
-        """Remove what ended sessions have left in the staging folder, but for the partial trees still kept.
+    async def sweep(self, root: Path | None) -> None:
+        """Remove partial trees that were kept long enough, and what ended sessions have left below `root`.
 
         A folder of a session that this store does not know may be another store's, and stays.
         """
         limit = timestamp(datetime.now(UTC) - self._keep_partial)
         for session in await self._store.partials(ended_before=limit):
-            if session.partial_path is not None and session.partial_path.is_relative_to(root):
-                await asyncio.to_thread(_remove, publish.session_folder(root, session.session_id))
+            if session.local_root is not None and await _removed(session.local_root, session.session_id):
                 await self._store.forget_partial(session.session_id)
-        found = await asyncio.to_thread(publish.residents, root)
-        known = await self._store.known(found)
-        for session in known.values():
+        if root is None:
+            return
+        found = [name for name in await asyncio.to_thread(_residents, root) if _SESSION_ID.fullmatch(name)]
+        for session in (await self._store.known(found)).values():
             if session.terminal and session.partial_path is None:
-                await asyncio.to_thread(_remove, publish.session_folder(root, session.session_id))
+                await _removed(root, session.session_id)
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        publish.discard(folder)
+def _residents(root: Path) -> tuple[str, ...]:
+    try:
+        return publish.residents(root)
+    except OSError as error:
+        log.warning("The staging folder cannot be read.", root=str(root), why=str(error))
+        return ()
+
+
+async def _removed(root: Path, session_id: str) -> bool:
+    """Whether nothing of the session is left in the staging folder; not if its root is away."""
+    try:
+        await asyncio.to_thread(publish.discard, publish.session_folder(root, session_id))
+    except OSError as error:
+        log.warning("A folder could not be swept.", session_id=session_id, why=str(error))
+        return False
+    return True
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:
@@ -258,6 +307,6 @@ async def _stop(tasks: Sequence[asyncio.Task[Any]]) -> None:
         await asyncio.wait(tasks)
 
 
-def _log_failure(task: asyncio.Task[None]) -> None:
+def _log_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("Housekeeping failed.", exc_info=error)
