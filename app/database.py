@@ -267,7 +267,10 @@ def _epoch(connection: Connection, path: Path) -> str:
             (epoch,),
         )
         _sql(connection, "COMMIT")
-    write_note(path, inode, head)
+    try:
+        write_note(path, inode, head)
+    except OSError as error:  # a full disk: an older note is a safe one
+        log.warning("The note beside the database could not be written.", why=str(error))
     return epoch
 
 
@@ -382,6 +385,7 @@ class Writer:
         self._on_broken = on_broken
         self._waiting: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._log_identity: tuple[int, int] | None = None
         self._broken: StoreBroken | None = None
         self._door = threading.Lock()
         self._closed = False
@@ -390,7 +394,7 @@ class Writer:
         self.units = 0
 
     def start(self) -> None:
-        self._identity = self._identify()
+        self._identity = _identity(self._path)
         self._connection = _engine(self._path).connect()
         self._thread.start()
 
@@ -473,8 +477,10 @@ class Writer:
                 unit.future.set_result(value)
 
     def _commit(self, group: list[Unit]) -> list[tuple[Any, Exception | None]]:
-        if self._identify() != self._identity:
+        if _identity(self._path) != self._identity:
             raise StoreBroken(f"{self._path} was moved, deleted or replaced while the service ran")
+        if self._log_identity is not None and _identity(f"{self._path}-wal") != self._log_identity:
+            raise StoreBroken(f"{self._path}-wal was moved, deleted or replaced while the service ran")
         started = time.perf_counter()
         try:
             _sql(self._connection, "BEGIN IMMEDIATE")
@@ -484,6 +490,8 @@ class Writer:
             self._abandon()
             raise _translated(error) from error
         self.commit_seconds += time.perf_counter() - started
+        if self._log_identity is None:
+            self._log_identity = _identity(f"{self._path}-wal")
         self.commits += 1
         self.units += len(group)
         return outcomes
@@ -521,12 +529,13 @@ class Writer:
                 self._broken = translated
                 self._on_broken(translated)
 
-    def _identify(self) -> tuple[int, int] | None:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+
+def _identity(path: Path | str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 _PASSING_CODES = frozenset(

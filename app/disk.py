@@ -65,14 +65,19 @@ def write_whole(path: Path, content: bytes) -> None:
     name of the temporary file is always the same, so that a repeat clears what a crash left. The
     folder is not synced: that is the caller's, who may have written more than one file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    draft = temporary(path)
+    draft.unlink(missing_ok=True)
     try:
-        _write(temporary, content, mode=_mode(path))
-        temporary.replace(path)
+        _write(draft, content, mode=_mode(path))
+        draft.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
+
+
+def temporary(path: Path) -> Path:
+    """Where `write_whole` puts what is to stand at `path`."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def rename_new(source: Path, target: Path) -> None:

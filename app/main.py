@@ -30,10 +30,14 @@ from app.web import doors
 
 log = structlog.get_logger()
 
-CONFIG_SECONDS = 1.0
-"""How often the config file is looked at, so that a mended one counts without a restart."""
+LOOK_SECONDS = 1.0
+"""How often the config file is looked at, so that a mended one counts without a restart; and the note
+beside the store brought up to date."""
 
 _asked_to_stop = threading.Event()
+
+RESTART = 75
+"""Exit status when a config that was mended names another store; a supervisor starts the service again."""
 
 BROKEN_STORE = 70
 """Exit status when the store may be lying; a supervisor starts the service again, and that recovers."""
@@ -50,15 +54,17 @@ class House:
         self.feed = Feed(self.store)
         pipeline = Pipeline(self.store, self.renderer, config)
         self.runner = Runner(self.store, pipeline, keep_partial_days=service.keep_partial_days, held=held)
-        self._drain_seconds = service.drain_seconds
+        self._service = service
+        self._guessed = config.status.state == "incomplete_no_config"
+        self.misplaced = asyncio.Event()
 
     @asynccontextmanager
     async def living(self) -> AsyncIterator[None]:
         await self.store.open()
-        watching = asyncio.create_task(self._watch_config())
+        watching = asyncio.create_task(self._look_after())
         try:
             await self.renderer.start()
-            self.runner.start(lambda: self.config.current.paths.local_root)
+            await self.runner.start(lambda: self.config.current.paths.local_root)
             yield
         finally:
             watching.cancel()
@@ -70,12 +76,17 @@ class House:
     async def drain(self) -> None:
         """No new sessions, no new steps; the streams end. May be asked for twice."""
         self.feed.stop()
-        await self.runner.drain(self._drain_seconds)
+        await self.runner.drain(self._service.drain_seconds)
 
-    async def _watch_config(self) -> None:
+    async def _look_after(self) -> None:
         while True:
             await self.config.refresh()
-            await asyncio.sleep(CONFIG_SECONDS)
+            await self.store.note_progress()
+            # Started without a readable config, on the default store: a config that names another one must
+            # not fill this one with sessions.
+            if self._guessed and self.config.current.service != self._service:
+                self.misplaced.set()
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 def create_app(house: House) -> ASGIApp:
@@ -139,6 +150,10 @@ def serve(
     except (StoreRefused, OSError) as refused:
         print(f"exlab-sessions: {refused}", file=sys.stderr)
         return 1
+    finally:
+        # Python gives the signals their default back before it ends: another one would then be the end.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _serve(
@@ -171,8 +186,20 @@ async def _serve(
     async with house.living():
         if _asked_to_stop.is_set():
             return 0
+        moving = asyncio.create_task(_move_out(house, server))
         await server.serve()
+        moving.cancel()
+    if house.misplaced.is_set():
+        return RESTART
     return 0 if server.started else 1
+
+
+async def _move_out(house: House, server: Server) -> None:
+    await house.misplaced.wait()
+    log.error(
+        "The config names other settings of the service than it was started with; it must be restarted."
+    )
+    server.should_exit = True
 
 
 def _is_loopback(address: str) -> bool:

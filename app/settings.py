@@ -14,6 +14,7 @@ import time
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal, cast
+from urllib.parse import quote
 
 import msgspec
 import platformdirs
@@ -492,5 +493,6 @@ def _validator(keys: _ValidatorKeys) -> Validator:
 def _service(found: dict[str, object]) -> Service:
     """With the state folder and the database in it where `found` does not say."""
     state_dir = cast("Path", found.get("state_dir") or platformdirs.user_state_path("exlab-sessions"))
-    database_url = f"sqlite+aiosqlite:///{(state_dir / 'sessions.sqlite3').as_posix()}"
+    file = quote((state_dir / "sessions.sqlite3").as_posix(), safe="/: ")
+    database_url = f"sqlite+aiosqlite:///{file}"
     return msgspec.convert({"database_url": database_url, **found, "state_dir": state_dir}, Service)

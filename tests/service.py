@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import httpx
@@ -32,7 +33,13 @@ def eventually(look: Callable[[], T | None], *, within: float = PATIENCE) -> T:
 class Service:
     """One process of the service, in a process group of its own with whatever traces it."""
 
-    def __init__(self, config: Path, *options: str, tracer: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: Path,
+        *options: str,
+        tracer: tuple[str, ...] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         command = [*tracer, sys.executable, "-m", "app.cli", "serve", "--config", str(config), "--port", "0"]
         self.errors = config.parent / "service.log"
         with self.errors.open("ab") as log:
@@ -42,7 +49,7 @@ class Service:
                 stderr=log,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
                 start_new_session=True,
             )
         assert self.process.stdout is not None

@@ -190,19 +190,18 @@ def hostile_bodies(lab: Path) -> Iterator[dict[str, Any]]:
         "project_short_id",
         "run_date",
     )
-    for field, value in itertools.product(texts, HOSTILE):
-        yield body(lab, "confocal_run", **{field: value})
+    for field, text in itertools.product(texts, HOSTILE):
+        yield body(lab, "confocal_run", **{field: text})
     for value in VALUES:
-        yield body(lab, "confocal_run", variables={"sample": value})
+        lims = {"uid": value, "name": {"x": value}}
+        yield body(lab, "confocal_run", variables={"sample": value}, lims_project=lims)
         yield body(lab, "confocal_run", readme_extra={"fixation": value})
         yield body(lab, "confocal_run", readme_extra={"fixation": "none", "remarks": value, "custom": value})
         yield body(lab, "project", lims_project={"short_id": value})
-        yield body(
-            lab, "project", lims_project={"short_id": project_id(), "uid": value, "name": {"x": value}}
-        )
     for key in HOSTILE:
-        yield body(lab, "confocal_run", variables={"sample": "x", key: "y"})
-        yield body(lab, "confocal_run", readme_extra={"fixation": "none", key: "y"})
+        extra = {"fixation": "none", key: "y"}
+        yield body(lab, "confocal_run", variables={"sample": "x", key: "y"}, readme_extra=extra)
+        yield body(lab, "confocal_run", readme_extra=extra)
 
 
 def test_a_hostile_value_in_any_field_ends_well_or_is_refused_by_name(service: Service, lab: Path) -> None:
@@ -397,7 +396,13 @@ def test_a_destination_that_is_taken_is_left_alone(
     project = project_id()
     place = lab / "data" / "CONFOCAL_01" / project / name
     place.parent.mkdir(parents=True)
-    {"folder": place.mkdir, "file": place.touch, "link": lambda: place.symlink_to("nowhere")}[taker]()
+    match taker:
+        case "folder":
+            place.mkdir()
+        case "file":
+            place.touch()
+        case "link":
+            place.symlink_to("nowhere")
     handle = outcome(http, body(lab, "confocal_run", project_short_id=project, run_date=AT))
     assert (handle["error"]["code"], handle["error"]["field"]) == ("destination_taken", "run_date")
     assert list(place.parent.iterdir()) == [place]

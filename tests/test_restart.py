@@ -19,7 +19,7 @@ from app.sessions.requests import CancelBody, CreateBody
 from app.sessions.session import Caller, Session
 from app.sessions.store import Store
 from app.settings import ConfigFile
-from tests.service import PATIENCE, body
+from tests.service import PATIENCE, Service, body
 
 CALLER = Caller(principal="local", trace_id="test")
 
@@ -234,3 +234,19 @@ async def test_a_held_service_drives_nothing(lab: Path, monkeypatch: pytest.Monk
         aborted = await house.runner.cancel(before.session_id, CancelBody(), CALLER)
     assert session.state is State.RENDERING
     assert aborted.state is State.ABORTED
+
+
+def test_a_service_that_guessed_its_store_leaves_it_when_the_config_names_another(lab: Path, tmp_path: Path) -> None:
+    config = lab / "config.yaml"
+    whole = config.read_text()
+    config.write_text("paths: [")
+    home = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "default")}
+    service = Service(config, environment=home)
+    try:
+        assert service.ready
+        with service.http() as http:
+            assert http.post("/sessions", json=body(lab, "project")).status_code == 503
+        config.write_text(whole)
+        assert service.process.wait(PATIENCE) == 75
+    finally:
+        service.kill()

@@ -244,6 +244,10 @@ async def test_a_move_ends_the_waiting_and_clears_the_deaths(store: Store) -> No
     assert silent.blocked_on is not None and silent.blocked_on["retry_at"] == "c"
     await restarted(store)
     [session] = await store.take_stock()
+    assert session.step_deaths == 0, "what only waits has ended no service"
+    await store.mark_driven(session.session_id)
+    await restarted(store)
+    [session] = await store.take_stock()
     assert session.step_deaths == 1
     moved = await store.record(session, lead_to(State.PLUGIN_PASS))
     assert (moved.blocked_on, moved.step_deaths) == (None, 0)

@@ -25,7 +25,7 @@ from app.errors import (
 )
 from app.sessions import events, lifecycle, requests
 from app.sessions.lifecycle import LIVE, Outcome, State
-from app.sessions.prompts import accepted
+from app.sessions.prompts import PromptField, accepted
 from app.sessions.session import Caller, Cancel, Frame, Session, session_of, sessions_of
 
 
@@ -99,7 +99,7 @@ def answer(tx: Transaction, session_id: str, body: requests.ResumeBody, caller: 
         plugin=session.prompt.plugin,
         operator=body.operator,
         values=accepted(session.prompt.fields, body.extra_inputs),
-        digest=_answer_digest(body),
+        digest=_answer_digest(session.prompt.fields, body),
     )
     _audit(tx, caller, "resume", session_id, body.operator, {"prompt_id": answered.prompt_id})
     return advance(tx, session, (answered,))
@@ -208,10 +208,9 @@ def _write_columns(tx: Transaction, session_id: str, outcome: Outcome, *, moves:
             _snapshot(tx, session_id, outcome)
             _log(tx, session_id, "render", outcome.log)
         case lifecycle.Asked():
-            tx.db.execute(insert(prompts), _prompt_row(session_id, outcome, tx.now))
             values |= {"driven": 0, "alone": 0}
         case lifecycle.Answered():
-            _close_prompt(tx, outcome)
+            _keep_answer(tx, outcome)
             values |= {"driven": 1}
         case lifecycle.Checked(findings=findings):
             values |= {"findings": _json(findings)}
@@ -221,8 +220,6 @@ def _write_columns(tx: Transaction, session_id: str, outcome: Outcome, *, moves:
         case lifecycle.Failed(error=error) | lifecycle.Cancelled(error=error):
             partial = (error.details or {}).get("partial_path")
             values |= {"partial_path": partial, "driven": 0, "alone": 0}
-            withdrawn = and_(prompts.c.session_id == session_id, prompts.c.status == "open")
-            tx.db.execute(update(prompts).where(withdrawn).values(status="withdrawn"))
         case lifecycle.Recovered():
             values |= {"recoveries": sessions.c.recoveries + 1, "driven": 1, "alone": int(outcome.alone)}
         case lifecycle.Blocked(code=code, message=message, since=since, retry_at=retry_at):
@@ -257,27 +254,9 @@ def _log(tx: Transaction, session_id: str, source: str, lines: tuple[str, ...]) 
         tx.db.execute(insert(log_lines), rows)
 
 
-def _prompt_row(session_id: str, asked: lifecycle.Asked, now: str) -> dict[str, object]:
-    return {
-        "prompt_id": asked.prompt_id,
-        "session_id": session_id,
-        "plugin": asked.plugin,
-        "file": asked.file,
-        "reason": asked.reason,
-        "fields": _json(asked.fields),
-        "status": "open",
-        "asked_at": now,
-    }
-
-
-def _close_prompt(tx: Transaction, answered: lifecycle.Answered) -> None:
-    values = {
-        "status": "answered",
-        "answered_at": tx.now,
-        "operator": answered.operator,
-        "answer": _json(answered.values),
-        "answer_digest": answered.digest,
-    }
+def _keep_answer(tx: Transaction, answered: lifecycle.Answered) -> None:
+    """What the event of the answer does not tell; it is that event that closes the prompt."""
+    values = {"answer": _json(answered.values), "answer_digest": answered.digest}
     tx.db.execute(update(prompts).where(prompts.c.prompt_id == answered.prompt_id).values(values))
 
 
@@ -335,15 +314,22 @@ def _by_key(tx: Transaction, principal: str, key: str, digest: str) -> Session |
 
 def _is_repeat(tx: Transaction, session_id: str, body: requests.ResumeBody) -> bool:
     row = tx.db.execute(
-        select(prompts.c.answer_digest).where(
-            prompts.c.session_id == session_id, prompts.c.prompt_id == body.prompt_id
+        select(prompts.c.answer_digest, prompts.c.fields).where(
+            prompts.c.session_id == session_id,
+            prompts.c.prompt_id == body.prompt_id,
+            prompts.c.status == "answered",
         )
     ).first()
-    return row is not None and row.answer_digest == _answer_digest(body)
+    if row is None:
+        return False
+    fields = msgspec.json.decode(row.fields, type=tuple[PromptField, ...])
+    return bool(row.answer_digest == _answer_digest(fields, body))
 
 
-def _answer_digest(body: requests.ResumeBody) -> str:
-    return requests.digest(msgspec.json.encode(body.extra_inputs, order="sorted").decode())
+def _answer_digest(fields: tuple[PromptField, ...], body: requests.ResumeBody) -> str:
+    """By which the repeat of an answer is known. A short secret could be guessed from it, so it has none."""
+    told = {field.id: body.extra_inputs.get(field.id) for field in fields if not field.secret}
+    return requests.digest(msgspec.json.encode(told, order="sorted").decode())
 
 
 def _audit(

@@ -322,6 +322,9 @@ class Pipeline:
         rendered = await self._rendering(session, job)
         if isinstance(rendered, Failure):
             return rendered
+        if (obstacle := await _thread(provenance.in_the_way, tree)) is not None:
+            message = f"The template makes a folder {obstacle}, where a file of ours has to be."
+            return Failure(code="render_failed", message=message)
         manifest = await _thread(_seal, tree)
         outcome = Rendered(tree=tree, manifest=manifest, rendered=rendered.files, log=rendered.log)
         # Without plugins nothing happens between the two moves, so they share a transaction.

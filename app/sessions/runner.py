@@ -62,14 +62,20 @@ class Runner:
         """Whether the service is stopping and takes no new work."""
         return self._drain.is_set()
 
-    def start(self, root: Callable[[], Path | None]) -> None:
+    async def start(self, root: Callable[[], Path | None]) -> None:
         """Take up every unfinished session, those first, and alone, in which the service has died twice.
 
         `root` tells the data root that is configured, to be swept from time to time.
         """
-        if not self.held:
-            self._housekeep(self._take_up())
-            self._housekeep(self._sweep_for_ever(root))
+        if self.held:
+            return
+        try:
+            unfinished = await self._store.take_stock()
+        except StoreUnavailable as unavailable:
+            log.warning("The deaths of the last service could not be counted.", why=str(unavailable))
+            unfinished = await self._store.unfinished()
+        self._housekeep(self._take_up(unfinished))
+        self._housekeep(self._sweep_for_ever(root))
 
     async def admit(self, session: Session) -> Session:
         """Drive a new session; it comes back as it was committed when the gate was through with it.
@@ -173,12 +179,11 @@ class Runner:
         except StoreUnavailable as unavailable:
             judged.set_exception(unavailable)
 
-    async def _take_up(self) -> None:
+    async def _take_up(self, unfinished: list[Session]) -> None:
         """Suspects one by one, each marked as the only one on the road; then all the others at once."""
+        working = [one for one in unfinished if one.state is not State.INPUT_REQUIRED or one.cancel]
+        suspects = [session for session in working if session.step_deaths >= SUSPECT_DEATHS]
         try:
-            unfinished = await self._until_taken(self._store.take_stock)
-            working = [one for one in unfinished if one.state is not State.INPUT_REQUIRED or one.cancel]
-            suspects = [session for session in working if session.step_deaths >= SUSPECT_DEATHS]
             for session in suspects:
                 self._alone = session.session_id
                 await self._take_up_one(session, alone=True)

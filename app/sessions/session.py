@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import structlog
 
 from app.errors import Failure
 from app.sessions import requests
 from app.sessions.lifecycle import TERMINAL, State
 from app.sessions.prompts import PromptField
+
+log = structlog.get_logger()
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +117,14 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sessions_of(rows: Iterable[Any]) -> list[Session]:
-    return [session_of(row) for row in rows]
+    """Each row that can be read. One that cannot, changed by hand perhaps, must not hide all the others."""
+    found = []
+    for row in rows:
+        try:
+            found.append(session_of(row))
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.error("A row of sessions cannot be read.", session_id=row.session_id, why=str(error))
+    return found
 
 
 _PLAIN = (

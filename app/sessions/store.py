@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 from sqlalchemy import Connection, and_, func, literal, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
@@ -35,6 +36,8 @@ from app.sessions.session import (
     session_of,
     sessions_of,
 )
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -62,6 +65,7 @@ class Store:
         self._recent_bytes = 0
         self._bells: defaultdict[str | None, set[asyncio.Event]] = defaultdict(set)
         self.head_position = 0
+        self._noted = 0
 
     async def open(self) -> database.Opened:
         """Take the lock, bring the schema up to date, and start the writer."""
@@ -83,11 +87,21 @@ class Store:
             self._lock.release()
             raise
 
+    async def note_progress(self) -> None:
+        """Leave word of how far the file has come, by which an older copy in its place is known."""
+        if self._noted == self.head_position:
+            return
+        self._noted = self.head_position
+        try:
+            await asyncio.to_thread(database.write_note, self.path, self._writer.inode, self._noted)
+        except OSError as error:  # a full disk: an older note is a safe one
+            log.warning("The note beside the database could not be written.", why=str(error))
+
     async def close(self) -> None:
         try:
             await self._readers.close()
             await asyncio.to_thread(self._writer.close)
-            await asyncio.to_thread(database.write_note, self.path, self._writer.inode, self.head_position)
+            await self.note_progress()
         finally:
             self._lock.release()
 
@@ -137,6 +151,11 @@ class Store:
         uncleanly ended one was driving, the one that was driven alone is the only suspect.
         """
         return await self._write(moves.take_stock)
+
+    async def unfinished(self) -> list[Session]:
+        """Every live session, oldest first."""
+        [found] = await self._readers.all(whole(sessions.c.state.in_(LIVE)).order_by(sessions.c.session_id))
+        return sessions_of(found)
 
     async def mark_driven(self, session_id: str) -> None:
         """The session is on the road again, after it had waited for something to pass."""

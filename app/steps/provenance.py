@@ -118,6 +118,15 @@ def write(tree: Path, facts: Facts) -> None:
     disk.sync_folder(tree)
 
 
+def in_the_way(tree: Path) -> str | None:
+    """A folder that stands in a tree where `write` has to put a file, relative to the tree."""
+    ours = [Path("README.md")]
+    if not (tree / FOLDER).is_symlink():
+        ours += [Path(FOLDER, "creation.json"), Path(FOLDER, "readme_fields.json")]
+    names = (name for path in ours for name in (path, disk.temporary(path)))
+    return next((name.as_posix() for name in names if _is_real_folder(tree / name)), None)
+
+
 def write_equipment(equipment_folder: Path, equipment: Equipment, now: datetime) -> None:
     """Registers an equipment beside its data, in a folder that exists; writes nothing when nothing changed."""
     known = {
@@ -180,6 +189,10 @@ def _folder(tree: Path) -> Path:
         folder.unlink()
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _creation(facts: Facts) -> _Creation:

@@ -2,7 +2,11 @@
 
 The heart of it: an event moves its session. `events_move` folds each inserted event into the row of its
 session, `sessions_move` lets the state change along an edge only and only as the newest telling event
-says. So row and history cannot come apart, not even by a hand on the SQLite shell.
+says. The open prompt follows the history in the same way. So row, prompt and history cannot come apart, not
+even by a hand on the SQLite shell.
+
+An INSERT OR REPLACE deletes the row that is in its way without asking the guards of DELETE, so the guards of
+INSERT look for one.
 """
 
 from alembic import op
@@ -210,13 +214,29 @@ CREATE INDEX log_lines_session ON log_lines (session_id, line)
 TRIGGERS = (
     """
     CREATE TRIGGER sessions_begin BEFORE INSERT ON sessions
-    WHEN NEW.state <> 'pending' OR NEW.head_seq <> 0
-    BEGIN SELECT RAISE(ABORT, 'a session begins as pending, without a history'); END
+    WHEN NEW.state <> 'pending' OR NEW.head_seq <> 0 OR NEW.destination_key IS NOT NULL
+        OR EXISTS (SELECT 1 FROM sessions WHERE session_id = NEW.session_id)
+    BEGIN SELECT RAISE(ABORT, 'a session begins as pending, anew, without a history or a destination'); END
+    """,
+    """
+    CREATE TRIGGER sessions_hold BEFORE UPDATE OF destination_key ON sessions
+    WHEN EXISTS (SELECT 1 FROM sessions
+                 WHERE destination_key = NEW.destination_key AND session_id <> NEW.session_id
+                   AND state NOT IN ('done', 'failed', 'aborted'))
+    BEGIN SELECT RAISE(ABORT, 'another live session holds this destination'); END
     """,
     """
     CREATE TRIGGER events_follow BEFORE INSERT ON events
     WHEN NEW.seq IS NOT (SELECT head_seq + 1 FROM sessions WHERE session_id = NEW.session_id)
+        OR EXISTS (SELECT 1 FROM events WHERE position = NEW.position)
     BEGIN SELECT RAISE(ABORT, 'an event takes the next seq of its session, without a gap'); END
+    """,
+    """
+    CREATE TRIGGER events_answer BEFORE INSERT ON events
+    WHEN NEW.kind = 'input_received' AND NOT EXISTS (
+        SELECT 1 FROM prompts WHERE session_id = NEW.session_id AND status = 'open'
+            AND prompt_id = json_extract(NEW.frame, '$.prompt_id'))
+    BEGIN SELECT RAISE(ABORT, 'an answer is to the open prompt of its session'); END
     """,
     """
     CREATE TRIGGER events_end BEFORE INSERT ON events
@@ -228,14 +248,26 @@ TRIGGERS = (
     """
     CREATE TRIGGER events_move AFTER INSERT ON events
     BEGIN
+        INSERT INTO prompts (prompt_id, session_id, plugin, file, reason, fields, status, asked_at)
+        SELECT json_extract(NEW.frame, '$.prompt_id'), NEW.session_id, json_extract(NEW.frame, '$.plugin'),
+            json_extract(NEW.frame, '$.file'), json_extract(NEW.frame, '$.reason'),
+            json_extract(NEW.frame, '$.fields'), 'open', NEW.at
+        WHERE NEW.kind = 'input_required';
+        UPDATE prompts SET
+            status = iif(NEW.kind = 'failed', 'withdrawn', 'answered'),
+            answered_at = iif(NEW.kind = 'failed', NULL, NEW.at),
+            operator = json_extract(NEW.frame, '$.operator')
+        WHERE session_id = NEW.session_id AND status = 'open' AND NEW.kind IN ('input_received', 'failed');
         UPDATE sessions SET
             head_seq = NEW.seq,
             updated_at = NEW.at,
             state = CASE NEW.kind
                 WHEN 'phase' THEN coalesce(
                     (SELECT state FROM states
-                     WHERE phase = json_extract(NEW.frame, '$.phase') AND terminal = 0), 'no such phase')
+                     WHERE phase = json_extract(NEW.frame, '$.phase') AND terminal = 0
+                       AND state <> 'input_required'), 'no such phase')
                 WHEN 'input_required' THEN 'input_required'
+                WHEN 'input_received' THEN 'plugin_pass'
                 WHEN 'done' THEN 'done'
                 WHEN 'failed' THEN
                     iif(json_extract(NEW.frame, '$.error.code') = 'cancelled', 'aborted', 'failed')
@@ -258,7 +290,9 @@ TRIGGERS = (
         WHERE NOT EXISTS (
             SELECT 1 FROM events JOIN states ON states.state = NEW.state
             WHERE session_id = NEW.session_id AND seq = NEW.head_seq AND seq = OLD.head_seq + 1
-              AND CASE kind WHEN 'phase' THEN json_extract(frame, '$.phase') = states.phase
+              AND CASE kind WHEN 'phase' THEN
+                                OLD.state <> 'input_required' AND json_extract(frame, '$.phase') = states.phase
+                            WHEN 'input_received' THEN NEW.state = 'plugin_pass'
                             WHEN 'failed' THEN NEW.state = iif(json_extract(frame, '$.error.code') = 'cancelled',
                                                                'aborted', 'failed')
                             ELSE kind = NEW.state END);
@@ -332,10 +366,42 @@ TRIGGERS = (
     BEGIN SELECT RAISE(ABORT, 'events go only with their whole terminal session'); END
     """,
     """
+    CREATE TRIGGER prompts_asked BEFORE INSERT ON prompts
+    WHEN NEW.status <> 'open'
+        OR EXISTS (SELECT 1 FROM prompts WHERE prompt_id = NEW.prompt_id
+                   OR (session_id = NEW.session_id AND status = 'open'))
+        OR NOT EXISTS (
+            SELECT 1 FROM events WHERE session_id = NEW.session_id AND kind = 'input_required'
+                AND seq = (SELECT max(seq) FROM events WHERE session_id = NEW.session_id)
+                AND json_extract(frame, '$.prompt_id') = NEW.prompt_id)
+    BEGIN SELECT RAISE(ABORT, 'a prompt is not assigned: insert the event that asks'); END
+    """,
+    """
+    CREATE TRIGGER prompts_closed BEFORE UPDATE OF status ON prompts
+    WHEN NEW.status <> OLD.status AND NOT EXISTS (
+        SELECT 1 FROM events WHERE session_id = NEW.session_id
+            AND seq = (SELECT max(seq) FROM events WHERE session_id = NEW.session_id)
+            AND CASE NEW.status
+                WHEN 'answered' THEN
+                    kind = 'input_received' AND json_extract(frame, '$.prompt_id') = NEW.prompt_id
+                ELSE kind = 'failed' END)
+    BEGIN SELECT RAISE(ABORT, 'a prompt is not closed by hand: insert the event that tells of it'); END
+    """,
+    """
+    CREATE TRIGGER prompts_kept BEFORE DELETE ON prompts
+    WHEN EXISTS (SELECT 1 FROM sessions WHERE session_id = OLD.session_id)
+    BEGIN SELECT RAISE(ABORT, 'a prompt goes with its session only'); END
+    """,
+    """
     CREATE TRIGGER prompts_constant BEFORE UPDATE ON prompts
     WHEN OLD.status <> 'open' OR NEW.prompt_id <> OLD.prompt_id OR NEW.session_id <> OLD.session_id
         OR NEW.fields <> OLD.fields OR NEW.plugin <> OLD.plugin OR NEW.reason <> OLD.reason
     BEGIN SELECT RAISE(ABORT, 'a prompt is answered once, and its question does not change'); END
+    """,
+    """
+    CREATE TRIGGER audit_added BEFORE INSERT ON audit
+    WHEN EXISTS (SELECT 1 FROM audit WHERE entry = NEW.entry)
+    BEGIN SELECT RAISE(ABORT, 'the audit is only added to'); END
     """,
     """
     CREATE TRIGGER audit_constant BEFORE UPDATE ON audit
