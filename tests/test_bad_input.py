@@ -327,6 +327,9 @@ def test_a_template_of_one_huge_file_is_refused_unread(http: httpx.Client, lab: 
         ("bad syntax", {"work/a.txt.jinja": "{% if %}"}),
         ("breaking out", {"work/a.txt.jinja": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}),
         ("including", {"work/a.txt.jinja": "{% include '/etc/passwd' %}"}),
+        ("a folder as README", {"README.md/a.txt": "a"}),
+        ("a folder as creation", {".exlab-wizard/creation.json/a.txt": "a"}),
+        ("a folder as draft", {".README.md.tmp/a.txt": "a"}),
         ("recursive", {"work/a.txt.jinja": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -381,6 +384,22 @@ def test_the_tasks_of_a_template_are_not_run_and_that_is_told(http: httpx.Client
     assert not [*lab.rglob("done-by-task")]
     events = http.get(f"/sessions/{handle['session_id']}/events").json()["events"]
     assert [event["code"] for event in events if event["kind"] == "warning"] == ["template_has_tasks"]
+
+
+def test_hard_findings_are_published_told_and_block_the_copy(http: httpx.Client, lab: Path) -> None:
+    template(lab, "unfinished", {"a.txt.jinja": "by <operator>, {{ '{{' }} date }}", "CON.txt": "device"})
+    handle = outcome(http, bare_run("unfinished"))
+    result, folder = handle["result"], Path(handle["destination"])
+    assert (handle["state"], result["sync_status"], result["blocked"]) == (
+        "done",
+        "blocked_by_validation",
+        True,
+    )
+    rules = {"reserved_filesystem_name", "unresolved_placeholder_token", "leftover_jinja_marker"}
+    assert {finding["rule"] for finding in result["findings"]} == rules and result["findings_total"] == 3
+    assert [warning["code"] for warning in result["warnings"]] == ["blocked_by_validation"]
+    made = json.loads((folder / ".exlab-wizard" / "creation.json").read_text())
+    assert made["sync_status"] == "blocked_by_validation"
 
 
 # Destinations
@@ -579,6 +598,21 @@ def test_a_data_root_that_is_not_mounted_is_waited_for(mounted: tuple[Path, Serv
         disk.put_in()
         done = ended(http, handle["session_id"])
         assert done["state"] == "done" and Path(done["destination"]).is_dir()
+
+
+@needs_root
+def test_a_cancel_does_not_claim_to_have_discarded_what_is_not_mounted(
+    mounted: tuple[Path, Service, Disk],
+) -> None:
+    lab, service, disk = mounted
+    with service.http() as http:
+        disk.take_out()
+        session_id = posted(http, body(lab, "confocal_run")).json()["session_id"]
+        answer = http.post(f"/sessions/{session_id}/cancel", json={"discard_files": True})
+        disk.put_in()
+        receipt = answer.json()["error"]["details"]
+        assert (answer.status_code, receipt["discarded"]) == (200, False)
+        assert receipt["left"] == str(lab / "data" / ".exlab-sessions" / session_id) and receipt["reason"]
 
 
 @needs_root

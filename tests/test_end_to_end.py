@@ -549,3 +549,14 @@ def test_a_service_that_drains_lets_a_running_step_end(tmp_path: Path) -> None:
         assert stood not in ("validating", "rendering")
     with running(config) as service, service.http() as http:
         assert ended(http, handle["session_id"])["state"] == "done"
+
+
+def test_whoever_asks_again_and_again_for_the_stop_gets_it_in_good_order(tmp_path: Path) -> None:
+    with running(laboratory.build(tmp_path)) as service:
+        while service.alive:
+            service.process.terminate()
+            try:
+                service.process.wait(0.01)
+            except subprocess.TimeoutExpired:
+                continue
+        assert service.process.returncode == 0

@@ -123,13 +123,15 @@ class Runner:
     async def _drive_on(self, session_id: str) -> None:
         while task := self._driving.get(session_id):  # it stopped to ask, but has not ended yet
             await asyncio.wait({task})
-        session = await self._store.get(session_id)
+        session = await self._until_taken(self._store.get, session_id)
         if session.cancel is None:
             self._drive(session)
 
     async def _run(self, session: Session) -> None:
         try:
             await self._clear_road(session)
+            if self.draining:
+                return
             async with aclosing(self._pipeline.drive(session)) as road:
                 async for step in road:
                     self._judge(step)
