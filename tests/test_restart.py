@@ -1,9 +1,6 @@
 """Taking up what a service left behind, from each state, in one process and without a server."""
 
-import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,75 +8,18 @@ import msgspec
 import pytest
 
 from app.demo import laboratory
-from app.main import House
 from app.sessions import lifecycle, requests
 from app.sessions.lifecycle import State
 from app.sessions.moves import Moved
-from app.sessions.requests import CancelBody, CreateBody
-from app.sessions.session import Caller, Session
-from app.sessions.store import Store
-from app.settings import ConfigFile
+from app.sessions.requests import CancelBody
+from tests.house import CALLER, living, run_body, stopped_in, until
 from tests.service import PATIENCE, Service, body
-
-CALLER = Caller(principal="local", trace_id="test")
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Path:
     laboratory.build(tmp_path)
     return tmp_path
-
-
-@asynccontextmanager
-async def living(lab: Path, *, held: bool = False) -> AsyncIterator[House]:
-    house = House(ConfigFile(lab / "config.yaml"), held=held)
-    async with house.living():
-        yield house
-
-
-def run_body(lab: Path, **changes: object) -> CreateBody:
-    shaped: CreateBody = msgspec.convert(body(lab, "confocal_run", **changes), type=CreateBody)
-    return shaped
-
-
-async def until(store: Store, session_id: str, *states: State) -> Session:
-    async with asyncio.timeout(PATIENCE):
-        with store.bell(session_id) as bell:
-            while True:
-                bell.clear()
-                session = await store.get(session_id)
-                if session.state in states:
-                    return session
-                await bell.wait()
-
-
-async def stopped_in(lab: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> Session:
-    """A session that a service brought to `state` and was driving when it died: its marks are still there."""
-    record = Store.record
-
-    async def record_until(store: Store, session: Session, *outcomes: lifecycle.Outcome) -> Session:
-        if session.state is state and not isinstance(outcomes[0], lifecycle.Recovered):
-            await asyncio.Event().wait()
-        if state is State.PLUGIN_PASS and isinstance(outcomes[0], lifecycle.Rendered):
-            outcomes = outcomes[:1]
-        return await record(store, session, *outcomes)
-
-    async def forget(_: Store) -> None:
-        return None
-
-    with monkeypatch.context() as dying:
-        dying.setattr(Store, "record", record_until)
-        dying.setattr(Store, "mark_all_idle", forget)
-        dying.setattr("app.main.House.drain", _halt)
-        async with living(lab) as house:
-            session, _ = await house.store.create(run_body(lab), CALLER)
-            house.runner.wake(session.session_id)
-            return await until(house.store, session.session_id, state)
-
-
-async def _halt(house: House) -> None:
-    house.feed.stop()
-    await house.runner.drain(0)
 
 
 ROAD = (
@@ -236,7 +176,9 @@ async def test_a_held_service_drives_nothing(lab: Path, monkeypatch: pytest.Monk
     assert aborted.state is State.ABORTED
 
 
-def test_a_service_that_guessed_its_store_leaves_it_when_the_config_names_another(lab: Path, tmp_path: Path) -> None:
+def test_a_service_that_guessed_its_store_leaves_it_when_the_config_names_another(
+    lab: Path, tmp_path: Path
+) -> None:
     config = lab / "config.yaml"
     whole = config.read_text()
     config.write_text("paths: [")
