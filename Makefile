@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Programs that tests work with: ACLs, crashes at a given system call, the SQLite shell, a browser.
-PROGRAMS := acl strace sqlite3 chromium
+# Programs that tests work with: ACLs, crashes at a given system call, the SQLite shell, HTTP by hand, a browser.
+PROGRAMS := acl strace sqlite3 curl chromium
 
 # The build of the package itself is held to the same versions.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt

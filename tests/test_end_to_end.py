@@ -41,7 +41,7 @@ ROAD = [
 ]
 LOOP = "{%% for i in range(%d) %%}{%% for j in range(1000) %%}{%% endfor %%}{%% endfor %%}"
 # Rendered within seconds, or never; the folder is there before the file in it is begun.
-SLOW = {"work/long.txt.jinja": LOOP % 20_000}
+SLOW = {"work/long.txt.jinja": LOOP % 12_000}
 ENDLESS = {"work/long.txt.jinja": LOOP % 99_999 * 100}
 OTHER_GROUP, OTHER_USER = 4242, 4243
 
@@ -363,7 +363,7 @@ async def test_the_client_of_the_replaced_service_goes_on_working(
 # Many at once
 
 
-def test_thirty_two_creations_at_once_do_not_meet(service: Service, lab: Path) -> None:
+def test_thirty_two_creations_at_once_do_not_meet(http: httpx.Client, lab: Path) -> None:
     runs = [
         body(
             lab, "confocal_run", project_short_id="PROJ-70", label=f"run {number}", objective=f"aim {number}"
@@ -376,13 +376,10 @@ def test_thirty_two_creations_at_once_do_not_meet(service: Service, lab: Path) -
         for number in (71, 72)
     ]
 
-    def make(asked: dict[str, Any]) -> dict[str, Any]:
-        with service.http() as http:
-            return ended(http, http.post("/sessions", json=asked).json()["session_id"])
-
     every = [*runs[:15], *projects, *runs[15:]]
     with ThreadPoolExecutor(len(every)) as hands:
-        handles = list(hands.map(make, every))
+        answers = list(hands.map(lambda asked: http.post("/sessions", json=asked), every))
+    handles = [ended(http, answer.json()["session_id"]) for answer in answers]
     assert {handle["state"] for handle in handles} == {"done"}
     assert len({handle["destination"] for handle in handles}) == len(handles)
     for asked, handle in zip(every, handles, strict=True):
@@ -404,14 +401,11 @@ def test_thirty_two_creations_at_once_do_not_meet(service: Service, lab: Path) -
     assert list((lab / "data" / ".exlab-sessions").iterdir()) == []
 
 
-def test_one_key_at_once_and_afterwards_makes_one_session(
-    service: Service, http: httpx.Client, lab: Path
-) -> None:
+def test_one_key_at_once_and_afterwards_makes_one_session(http: httpx.Client, lab: Path) -> None:
     asked = body(lab, "confocal_run", project_short_id="PROJ-75")
 
     def make(_: int) -> httpx.Response:
-        with service.http() as one:
-            return one.post("/sessions", json=asked, headers={"Idempotency-Key": "k-75"})
+        return http.post("/sessions", json=asked, headers={"Idempotency-Key": "k-75"})
 
     with ThreadPoolExecutor(8) as hands:
         answers = list(hands.map(make, range(8)))
@@ -487,12 +481,11 @@ def test_an_aborted_session_is_tried_again_with_what_was_wrong_changed(http: htt
     assert front_matter(Path(done["destination"]))[0]["label"] == "second try"
 
 
-def test_two_cancels_at_once_are_one(service: Service, http: httpx.Client, lab: Path) -> None:
+def test_two_cancels_at_once_are_one(http: httpx.Client, lab: Path) -> None:
     handle = rendering(lab, http, bare_run("endless", project_short_id="PROJ-82"))
 
     def cancel(_: int) -> httpx.Response:
-        with service.http() as one:
-            return one.post(f"/sessions/{handle['session_id']}/cancel", json={"discard_files": True})
+        return http.post(f"/sessions/{handle['session_id']}/cancel", json={"discard_files": True})
 
     with ThreadPoolExecutor(4) as hands:
         answers = list(hands.map(cancel, range(4)))
@@ -547,8 +540,6 @@ def test_a_service_that_drains_lets_a_running_step_end(tmp_path: Path) -> None:
     with running(config, "--hold") as service, service.http() as http:
         stood = http.get(f"/sessions/{handle['session_id']}").json()["state"]
         assert stood not in ("validating", "rendering")
-    with running(config) as service, service.http() as http:
-        assert ended(http, handle["session_id"])["state"] == "done"
 
 
 def test_whoever_asks_again_and_again_for_the_stop_gets_it_in_good_order(tmp_path: Path) -> None:
