@@ -104,13 +104,14 @@ async def test_one_session_that_cannot_be_ended_does_not_hold_up_the_others(
 
     monkeypatch.setattr(publish, "discard", read_only)
     async with living(lab) as house:
-        waiting = await blocked(house.store, guilty.session_id)
-        assert waiting.blocked_on is not None and waiting.blocked_on["code"] == "read_only"
+        failed = await until(house.store, guilty.session_id, State.FAILED)
         other, _ = await house.store.create(run_body(lab, label="other"), CALLER)
         await house.runner.admit(other)
         await until(house.store, other.session_id, State.DONE)
+        assert publish.residents(lab / "data") == (guilty.session_id,)
         mended.set()
-        failed = await until(house.store, guilty.session_id, State.FAILED)
+        await house.runner.sweep(lab / "data")
+    assert publish.residents(lab / "data") == ()
     assert failed.error is not None and failed.error.code == "recovery_limit_exceeded"
 
 
@@ -214,3 +215,28 @@ async def test_what_is_kept_of_an_answer_tells_nothing_of_its_secrets(store: Sto
             digests.append(shell.execute(query, (prompt_id,)).fetchone())
         shell.close()
     assert digests[0] == digests[1]
+
+
+async def test_a_death_while_a_failed_session_is_cleared_spoils_no_second_try(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure is on disk before its files go: the step is not done again on half of its template."""
+    stored: list[State] = []
+    clear = publish.discard
+
+    def looking(folder: Path) -> None:
+        with sqlite3.connect(f"file:{lab}/state/sessions.sqlite3?mode=ro", uri=True) as shell:
+            query = "SELECT state FROM sessions WHERE session_id = ?"
+            stored.extend(State(state) for (state,) in shell.execute(query, (folder.name,)))
+        shell.close()
+        clear(folder)
+
+    monkeypatch.setattr(publish, "discard", looking)
+    (lab / "templates" / "confocal_run" / "broken.txt.jinja").write_text("{% for %}")
+    async with living(lab) as house:
+        session, _ = await house.store.create(run_body(lab), CALLER)
+        await house.runner.admit(session)
+        failed = await until(house.store, session.session_id, State.FAILED)
+    assert failed.error is not None and failed.error.code == "render_failed"
+    assert stored == [State.FAILED]
+    assert publish.residents(lab / "data") == ()

@@ -125,13 +125,24 @@ class Pipeline:
     async def fail(self, session: Session, failure: Failure) -> Session:
         """End `session` without its folder; what it had built is kept aside, and `failure` says where.
 
-        It comes back with `blocked_on` if that cannot be done now.
+        The files are cleared after the commit: a step that is done again after a crash must find what it
+        found before. What a crash leaves of the clearing is for the sweep.
         """
+        folder = self._folder(session)
+        kept = (
+            session.tree if session.tree is not None and await _thread(_may_be_there, session.tree) else None
+        )
+        if kept is not None:
+            details = (failure.details or {}) | {"partial_path": str(kept)}
+            failure = msgspec.structs.replace(failure, details=details)
+        failed = await self.record(session, Failed(error=failure))
         try:
-            failed = await self._failed(session, failure)
-        except BlockedOn as obstacle:
-            return await self._block(session, obstacle)
-        return await self.record(session, failed)
+            await _thread(_clear, folder, kept)
+        except OSError as error:
+            log.warning(
+                "What a failed session left is cleared later.", session_id=session.session_id, why=str(error)
+            )
+        return failed
 
     async def abort(self, session: Session, stopped: tuple[str, ...]) -> Session:
         """End a session whose cancel is recorded and whose work has stopped, with a receipt."""
@@ -155,11 +166,10 @@ class Pipeline:
         try:
             result = await self._attempted(session, verify=verify)
             if isinstance(result, Failure):
-                result = (await self._failed(session, result),)
+                return await self.fail(session, result)
+            return await self.record(session, *result)
         except BlockedOn as obstacle:
             return await self._block(session, obstacle)
-        try:
-            return await self.record(session, *result)
         except DestinationHeld:
             return session  # another session was quicker; the gate looks again
         finally:
@@ -211,23 +221,6 @@ class Pipeline:
         )
         log.warning("A step waits for something to pass.", session_id=session.session_id, code=obstacle.code)
         return await self.record(session, blocked)
-
-    async def _failed(self, session: Session, failure: Failure) -> Failed:
-        """Keep what was built and say where; BlockedOn while its place is away."""
-        folder = self._folder(session)
-        details: dict[str, object] = {}
-        try:
-            kept = await _thread(_clear, folder, session.tree)
-            if kept is not None:
-                details["partial_path"] = str(kept)
-        except OSError as error:
-            if obstacle := blocked_by(error):
-                raise obstacle from error
-            log.exception("What a failed session had built stays as it is.", session_id=session.session_id)
-            details |= {"partial_path": str(session.tree or folder), "reason": str(error)}
-        if not details:
-            return Failed(error=failure)
-        return Failed(error=msgspec.structs.replace(failure, details=(failure.details or {}) | details))
 
     async def _lost(self, session: Session) -> Failure | None:
         """Why a session that is taken up with a tree cannot go on with it; None if it can."""
@@ -539,6 +532,11 @@ def _begun(session: Session, folder: Path | None) -> Path | None:
     if session.tree is not None or folder is None:
         return session.tree
     return next((tree for tree in folder.glob("*/tree") if any(tree.iterdir())), None)
+
+
+def _may_be_there(tree: Path) -> bool:
+    """Not only if nothing of it is seen because its root is away."""
+    return os.path.lexists(tree) or not publish.root_present(tree.parents[3])
 
 
 def _clear(folder: Path | None, tree: Path | None) -> Path | None:

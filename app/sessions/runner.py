@@ -207,18 +207,10 @@ class Runner:
         except Moved:
             return  # its operator was quicker, and cancelled it
         if session.step_deaths > SUSPECT_DEATHS:
-            self._housekeep(self._give_up(recovered))
+            message = f"The service died {session.step_deaths} times in this step; it is not tried again."
+            await self._pipeline.fail(recovered, Failure(code="recovery_limit_exceeded", message=message))
         else:
             self._drive(recovered)
-
-    async def _give_up(self, session: Session) -> None:
-        """Fail a session that has ended the service too often, as soon as its files can be put aside."""
-        message = f"The service died {session.step_deaths} times in this step; it is not tried again."
-        failure = Failure(code="recovery_limit_exceeded", message=message)
-        while not session.terminal and not self.draining:
-            session = await self._pipeline.fail(session, failure)
-            if session.blocked_on is not None:
-                await self._wait_out(session, session.blocked_on)
 
     def _finish_cancel(self, session_id: str) -> asyncio.Task[Session]:
         if session_id not in self._cancelling:
@@ -275,8 +267,8 @@ class Runner:
             return
         found = [name for name in await asyncio.to_thread(_residents, root) if _SESSION_ID.fullmatch(name)]
         for session in (await self._store.known(found)).values():
-            if session.terminal and session.partial_path is None:
-                await _removed(root, session.session_id)
+            if session.terminal:
+                await _removed(root, session.session_id, but=session.partial_path)
 
 
 def _residents(root: Path) -> tuple[str, ...]:
@@ -287,10 +279,14 @@ def _residents(root: Path) -> tuple[str, ...]:
         return ()
 
 
-async def _removed(root: Path, session_id: str) -> bool:
-    """Whether nothing of the session is left in the staging folder; not if its root is away."""
+async def _removed(root: Path, session_id: str, *, but: Path | None = None) -> bool:
+    """Whether nothing of the session is left in the staging folder, but for one tree; not if its root is away."""
+    folder = publish.session_folder(root, session_id)
     try:
-        await asyncio.to_thread(publish.discard, publish.session_folder(root, session_id))
+        if but is not None and but != folder:
+            await asyncio.to_thread(publish.keep, folder, but)
+        elif but is None:
+            await asyncio.to_thread(publish.discard, folder)
     except OSError as error:
         log.warning("A folder could not be swept.", session_id=session_id, why=str(error))
         return False

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from app.errors import Failure, blocked_by
+from app.errors import BlockedOn, Failure, blocked_by
 from app.settings import Service
 from app.steps import confinement
 from app.steps.workers import NotStarted, Tell, Workers, serve
@@ -138,7 +138,7 @@ class Renderer:
         self._workers.warm()
 
     async def render(self, job: Job, progress: Progress) -> Rendered | Failure:
-        """Render `job`, in an empty tree. Raises OSError for what stands in the way from outside.
+        """Render `job`, in an empty tree. Raises OSError and BlockedOn for what stands in the way from outside.
 
         A cancellation goes on when the processes of the render are gone; the tree stays as it is then.
         """
@@ -152,7 +152,11 @@ class Renderer:
                 await asyncio.to_thread(_empty, job.tree)
                 outcome = await self._attempt(task, progress)
         except NotStarted as error:
-            return _failure("The renderer could not be started.", tuple(str(error).splitlines()))
+            # Killed while it got ready, or short of memory: the next one may well start.
+            _log.error("the renderer could not be started", reason=str(error))
+            raise BlockedOn(
+                "renderer_not_started", "the renderer could not be started; the log tells more"
+            ) from error
         return _result(outcome)
 
     async def close(self) -> None:
