@@ -42,7 +42,7 @@ KINDS = {
 CALLS = {
     "commit": ("fdatasync", 1),
     "rename": ("rename,renameat2", 1),
-    "sync": ("fsync", 2),
+    "sync": ("fsync", 4),
     "folder": ("mkdir", 2),
     "removal": ("unlinkat,rmdir", 2),
 }
