@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from app import disk
 from app.demo import laboratory
 from app.errors import StoreBroken, StoreUnavailable
 from app.sessions import lifecycle, requests
@@ -240,3 +241,16 @@ async def test_a_death_while_a_failed_session_is_cleared_spoils_no_second_try(
     assert failed.error is not None and failed.error.code == "render_failed"
     assert stored == [State.FAILED]
     assert publish.residents(lab / "data") == ()
+
+
+async def test_a_death_while_provenance_is_written_leaves_a_tree_that_is_still_good(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await stopped_in(lab, State.CACHE_WRITE, monkeypatch)
+    assert before.tree is not None
+    for file in (before.tree / "README.md", before.tree / ".exlab-wizard" / "creation.json"):
+        disk.temporary(file).write_text("half of a fi")
+    async with living(lab) as house:
+        done = await until(house.store, before.session_id, State.DONE)
+    assert done.destination is not None
+    assert not [path for path in done.destination.rglob("*") if path.name.endswith(".tmp")]

@@ -51,9 +51,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Step = Callable[[Session], Awaitable[tuple[Outcome, ...] | Failure]]
 
-OWNED = frozenset({"README.md", ".exlab-wizard"})
-"""What provenance writes at the top of a tree, so that the manifest of the rendered tree leaves it out."""
-
 README_ASIDE = "README.rendered.md"
 """Beside the tree: the README that the template rendered, from which ours can be written again and again."""
 
@@ -129,9 +126,7 @@ class Pipeline:
         found before. What a crash leaves of the clearing is for the sweep.
         """
         folder = self._folder(session)
-        kept = (
-            session.tree if session.tree is not None and await _thread(_may_be_there, session.tree) else None
-        )
+        kept = session.tree if await _thread(_may_be_there, session.tree) else None
         if kept is not None:
             details = (failure.details or {}) | {"partial_path": str(kept)}
             failure = msgspec.structs.replace(failure, details=details)
@@ -224,10 +219,11 @@ class Pipeline:
 
     async def _lost(self, session: Session) -> Failure | None:
         """Why a session that is taken up with a tree cannot go on with it; None if it can."""
-        if session.state is State.SYNC_QUEUED and not os.path.lexists(_known(session.tree)):
+        tree = _known(session.tree)
+        if session.state is State.SYNC_QUEUED and not await _thread(os.path.lexists, tree):
             return None  # perhaps published already: that is for the step to find out
         digest = await self._store.manifest(session.session_id)
-        if await _thread(publish.verify, _known(session.tree), digest, owned=OWNED):
+        if await _thread(publish.verify, tree, digest, owned=provenance.OWNED):
             return None
         return Failure(
             code="staging_lost", message="The files that this session had built are not as it left them."
@@ -436,7 +432,7 @@ def _seal(tree: Path) -> str:
     readme = tree / "README.md"
     if readme.is_file() and not readme.is_symlink():
         disk.write_whole(tree.parent / README_ASIDE, readme.read_bytes())
-    digest = publish.seal(tree, owned=OWNED)
+    digest = publish.seal(tree, owned=provenance.OWNED)
     publish.sync_tree(tree)
     return digest
 
@@ -534,9 +530,9 @@ def _begun(session: Session, folder: Path | None) -> Path | None:
     return next((tree for tree in folder.glob("*/tree") if any(tree.iterdir())), None)
 
 
-def _may_be_there(tree: Path) -> bool:
-    """Not only if nothing of it is seen because its root is away."""
-    return os.path.lexists(tree) or not publish.root_present(tree.parents[3])
+def _may_be_there(tree: Path | None) -> bool:
+    """Whether something of the tree is there, or its root is away so that nothing can be seen."""
+    return tree is not None and (os.path.lexists(tree) or not publish.root_present(tree.parents[3]))
 
 
 def _clear(folder: Path | None, tree: Path | None) -> Path | None:

@@ -31,6 +31,7 @@ SUSPECT_DEATHS = 2
 
 SWEEP_SECONDS = 3600
 ASK_AGAIN_SECONDS = 1.0
+VERDICT_SECONDS = 30.0
 
 _SESSION_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -80,13 +81,18 @@ class Runner:
     async def admit(self, session: Session) -> Session:
         """Drive a new session; it comes back as it was committed when the gate was through with it.
 
-        That is `rendering` or `failed`; or still `validating` when something stands in the gate's way.
+        That is `rendering` or `failed`; or still `validating` when something stands in the gate's way, or when
+        the store takes no verdict for long.
         """
         if self.held or self.draining:
             return session
         judged = self._judging.setdefault(session.session_id, asyncio.get_running_loop().create_future())
         self._drive(session)
-        return await asyncio.shield(judged)
+        try:
+            async with asyncio.timeout(VERDICT_SECONDS):
+                return await asyncio.shield(judged)
+        except TimeoutError:
+            return await self._store.get(session.session_id)
 
     def wake(self, session_id: str) -> None:
         """Drive a session on that its operator has answered."""

@@ -20,6 +20,10 @@ from app import disk
 from app.settings import Equipment
 
 FOLDER = ".exlab-wizard"
+README = Path("README.md")
+
+OWNED = frozenset({FOLDER, README.name, disk.temporary(README).name})
+"""What `write` makes at the top of a tree, also what it may leave there when it dies."""
 
 CREATION_SCHEMA = "1.9"
 README_SCHEMA = "1.1"
@@ -120,7 +124,7 @@ def write(tree: Path, facts: Facts) -> None:
 
 def in_the_way(tree: Path) -> str | None:
     """A folder that stands in a tree where `write` has to put a file, relative to the tree."""
-    ours = [Path("README.md")]
+    ours = [README]
     if not (tree / FOLDER).is_symlink():
         ours += [Path(FOLDER, "creation.json"), Path(FOLDER, "readme_fields.json")]
     names = (name for path in ours for name in (path, disk.temporary(path)))
