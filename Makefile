@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick bench format wheel constraints programs clean
+.PHONY: demo test sweep quick bench format wheel constraints programs clean
 
 demo: .venv/complete ## serve a small laboratory, on a free port
 	$(BIN)/exlab-sessions serve --demo
@@ -19,10 +19,13 @@ test: programs .venv/complete ## everything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not sweep'
+
+sweep: programs .venv/complete ## kill the service at every step of a creation; many minutes
+	$(BIN)/pytest -m sweep -s
 
 quick: .venv/complete ## the tests that take less than a minute each
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow and not sweep'
 
 bench: .venv/complete ## creation beside a bare render, replay beside a bare send loop
 	$(BIN)/python -m benchmarks.compare

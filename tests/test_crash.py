@@ -78,7 +78,7 @@ def _contents(folder: Path) -> frozenset[str]:
     return frozenset(str(path) for path in paths if not path.parts[0].startswith(("Run_", "TestRuns")))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("kind", "call"),
     [("experimental", call) for call in CALLS]

@@ -608,7 +608,12 @@ CHANGES = st.fixed_dictionaries(
 )
 
 
-@configured(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@configured(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(body=st.sampled_from([RUN, PROJECT]), changes=CHANGES)
 @example(body=RUN, changes={"variables": {"must": "be", "name": "../../../outside/x"}})
 def test_every_value_passes_into_the_data_root_or_is_a_failure(
@@ -626,7 +631,12 @@ def test_every_value_passes_into_the_data_root_or_is_a_failure(
 OFFSETS = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 
 
-@configured(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@configured(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(at=st.datetimes(timezones=st.none() | OFFSETS))
 def test_every_time_that_python_can_write_names_a_run_by_its_wall_clock(lab: Path, at: datetime) -> None:
     found = passed(lab, RUN, run_date=at.isoformat())
