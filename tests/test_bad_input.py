@@ -338,7 +338,7 @@ def test_a_template_that_cannot_be_rendered_fails_its_session_alone(
     assert (handle["state"], error["code"]) == ("failed", "render_failed"), handle
     assert str(lab / "data" / ".exlab-sessions") not in error["message"]
     assert not Path(handle["destination"]).exists()
-    assert not (lab / "data" / ".exlab-sessions" / handle["session_id"]).exists()
+    assert eventually(lambda: not (lab / "data" / ".exlab-sessions" / handle["session_id"]).exists())
     last = http.get(f"/sessions/{handle['session_id']}/events").json()["events"][-1]
     assert (last["kind"], last["phase"], last["error"]) == ("failed", "rendering_template", error)
 
