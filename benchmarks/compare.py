@@ -55,7 +55,7 @@ def main() -> None:
 def _compare_creation(url: str, config: Path, rounds: int) -> None:
     client = Client(url)
     template = config.parent / "templates" / "confocal_run"
-    body = json.loads((HERE / "run.json").read_text())
+    body = json.loads((config.parent / "examples" / "confocal_run.json").read_text())
     answers = body["variables"] | {key: body[key] for key in ("label", "operator", "objective")}
     created, rendered = [], []
     for number in range(rounds + 1):
@@ -135,7 +135,7 @@ async def _long_history(config: Path, count: int) -> tuple[str, list[bytes]]:
 
     store = Store(load(config).service.database_url, on_broken=broken)
     await store.open()
-    body = requests.decode((HERE / "run.json").read_text())
+    body = requests.decode((config.parent / "examples" / "confocal_run.json").read_text())
     session, _ = await store.create(body, Caller(principal="local", trace_id="bench"))
     told = count - 2
     for first in range(0, told, 1000):
