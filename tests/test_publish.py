@@ -900,6 +900,7 @@ def test_a_folder_that_is_still_being_filled_is_discarded(lab: Path, place: str)
                 (target / f"late-{number}").touch()
             except OSError:
                 return  # it is going, or has gone
+            time.sleep(0.001)  # so fast as an instrument writes, not so fast as a loop can
             if number == 50:
                 filling.set()
 
