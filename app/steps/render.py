@@ -327,7 +327,7 @@ def _outcome(task: _Task, tell: Tell) -> _Outcome:
             confinement.limit(task.limits)
             confinement.enclose(readable=[job.template], writable=[job.tree])
             files = _render(job, task.limits.file_mb, tell)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - a template may break Copier in any way; it ends as a value
         passing = isinstance(error, OSError) and error.errno != errno.ENOMEM and blocked_by(error)
         if isinstance(error, OSError) and passing:
             return _Obstructed(error.errno or 0, error.strerror or "", error.filename and str(error.filename))
