@@ -602,7 +602,8 @@ CHANGES = st.fixed_dictionaries(
     {},
     optional={
         **dict.fromkeys(["equipment_id", "template_path", "label", "operator", "objective"], ANY_TEXT),
-        **dict.fromkeys(["project_short_id", "run_kind", "run_date"], st.none() | ANY_TEXT),
+        **dict.fromkeys(["project_short_id", "run_date"], st.none() | ANY_TEXT),
+        "run_kind": st.sampled_from([None, "experimental", "test"]),
         **dict.fromkeys(["lims_project", "variables", "readme_extra"], OBJECTS),
     },
 )
@@ -611,7 +612,6 @@ CHANGES = st.fixed_dictionaries(
 @configured(
     max_examples=300,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(body=st.sampled_from([RUN, PROJECT]), changes=CHANGES)
@@ -634,7 +634,6 @@ OFFSETS = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minute
 @configured(
     max_examples=100,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(at=st.datetimes(timezones=st.none() | OFFSETS))

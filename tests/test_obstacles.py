@@ -249,6 +249,7 @@ async def test_a_death_while_provenance_is_written_leaves_a_tree_that_is_still_g
     before = await stopped_in(lab, State.CACHE_WRITE, monkeypatch)
     assert before.tree is not None
     for file in (before.tree / "README.md", before.tree / ".exlab-wizard" / "creation.json"):
+        file.parent.mkdir(exist_ok=True)  # the death came before or after it was made
         disk.temporary(file).write_text("half of a fi")
     async with living(lab) as house:
         done = await until(house.store, before.session_id, State.DONE)
