@@ -239,7 +239,7 @@ async def test_a_death_while_a_failed_session_is_cleared_spoils_no_second_try(
         await house.runner.admit(session)
         failed = await until(house.store, session.session_id, State.FAILED)
     assert failed.error is not None and failed.error.code == "render_failed"
-    assert stored == [State.FAILED]
+    assert stored == [State.VALIDATING, State.FAILED]
     assert publish.residents(lab / "data") == ()
 
 

@@ -541,10 +541,8 @@ def _clear(folder: Path | None, tree: Path | None) -> Path | None:
         return None
     if not publish.root_present(folder.parent.parent):
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(folder.parent.parent))
-    if not os.path.lexists(folder):
-        return None
-    if tree is None:
-        publish.discard(folder)
+    if tree is None or not os.path.lexists(folder):
+        publish.discard(folder)  # also what a death in the middle of this has left
         return None
     return publish.keep(folder, tree)
 
