@@ -107,7 +107,11 @@ class Validator(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plugins(msgspec.Struct, frozen=True, kw_only=True):
+    """Which plugins may run, and on which interpreter: `python` None is that of the service."""
+
     allow_network: bool = False
+    run_unlisted: bool = False
+    python: Path | None = None
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):

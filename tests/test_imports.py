@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-FOUNDATION = ("errors", "disk", "settings", "reading", "yamltext", "database", "telemetry")
-LAYERS = (FOUNDATION, ("steps",), ("sessions",), ("web",), ("main", "checkup"), ("cli",))
+FOUNDATION = ("errors", "disk", "settings", "reading", "yamltext", "database", "connections", "telemetry")
+LAYERS = (FOUNDATION, ("steps",), ("sessions",), ("web",), ("main", "checkup", "authors"), ("cli",))
 """From the ground up; what stands in one layer may import from it and from those below."""
 
 ASIDE: dict[str, tuple[str, ...]] = {"client": ("errors",), "demo": (), "display": ()}
@@ -18,7 +18,13 @@ ASIDE: dict[str, tuple[str, ...]] = {"client": ("errors",), "demo": (), "display
 DOORS = {
     "litestar": ("app.main", "app.web"),
     "uvicorn": ("app.main",),
-    "sqlalchemy": ("app.database", "app.sessions.moves", "app.sessions.store", "migrations"),
+    "sqlalchemy": (
+        "app.connections",
+        "app.database",
+        "app.sessions.moves",
+        "app.sessions.store",
+        "migrations",
+    ),
     "alembic": ("app.database", "migrations"),
     "re2": ("app.sessions.prompts",),
     "copier": ("app.steps.render",),

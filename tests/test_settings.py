@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -342,6 +343,8 @@ class TestMistakes:
                 "a dot",
             ),
             ("plugins: {allow_network: 2}", "plugins.allow_network", 1, "expected true or false, not 2"),
+            ("plugins: {run_unlisted: [1]}", "plugins.run_unlisted", 1, "expected true or false, not a list"),
+            ("plugins: {python: 3.11}", "plugins.python", 1, "expected a path, not 3.11"),
             (
                 "readme: {defaults: [{id: Big, label: x}]}",
                 "readme.defaults[0].id",
@@ -677,6 +680,18 @@ class TestConfigFile:
         assert (
             settings.ConfigFile(None).path == platformdirs.user_config_path("exlab-sessions") / "config.yaml"
         )
+
+
+class TestTheInterpreterOfPlugins:
+    def test_it_keeps_the_link_by_which_a_virtual_environment_is_known(self, config: Path) -> None:
+        place = config.parent / "venv" / "bin"
+        place.mkdir(parents=True)
+        (place / "python").symlink_to(sys.executable)
+        assert read(config, "plugins: {python: venv/bin/python}").plugins.python == place / "python"
+
+    def test_it_may_be_left_out(self, config: Path) -> None:
+        for text in ("plugins: {python: ''}", "plugins: {python: }", "plugins:"):
+            assert read(config, text).plugins == settings.Plugins()
 
 
 class TestTheDocs:

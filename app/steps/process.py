@@ -3,22 +3,20 @@
 This module promises that a child runs in a process group of its own and is killed with all of that
 group, that it does not outlive the service, that it sees nothing of the service's environment, and
 that what it prints cannot fill the memory of the service. The two sides talk in frames, over pipes
-that printing does not reach. The lower half of the module runs in the child. What the frames say is
-left to those who use it, the limits that a child takes upon itself to `confinement.py`.
+that printing does not reach; the child's end of them is `child.py`. What the frames say is left to
+those who use it, the limits that a child takes upon itself to `confinement.py`.
 """
 
 import asyncio
-import ctypes
 import os
-import select
 import signal
 import subprocess
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
+
+from app.steps.child import frame
 
 _LARGEST_FRAME = 64 * 1024 * 1024
 _KEPT_OUTPUT = 16 * 1024
@@ -56,14 +54,15 @@ class Process:
         self._collecting = asyncio.create_task(self._collect(process.stderr))
 
     @classmethod
-    async def start(cls, module: str) -> Self:
-        """Run `python -m module` in a new process group. Raises OSError where the system has no room.
+    async def start(cls, command: tuple[str, ...]) -> Self:
+        """Run `command`, with the id of this process as its last argument, in a new process group.
 
-        Linux ends the child when the thread that started it ends, so this must be called on a
-        thread that lives as long as the service.
+        Raises OSError where there is no such program, or no room for it. Linux ends the child when the
+        thread that started it ends, so this must be called on a thread that lives as long as the service.
         """
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-X", "utf8", "-m", module, str(os.getpid())),
+            *command,
+            str(os.getpid()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -90,7 +89,7 @@ class Process:
     async def send(self, payload: bytes) -> None:
         """Hand a frame to the child. That the child is gone shows in `receive`."""
         try:
-            self._stdin.write(_frame(payload))
+            self._stdin.write(frame(payload))
             await self._stdin.drain()
         except ConnectionError:
             return
@@ -103,11 +102,17 @@ class Process:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    async def kill(self) -> None:
-        """End the whole group, and return when nothing of it runs; not even a cancellation hurries it."""
-        await to_its_end(self._kill())
+    async def kill(self, grace: float = 0.0) -> None:
+        """End the whole group, and return when nothing of it runs; not even a cancellation hurries it.
 
-    async def _kill(self) -> None:
+        One that has things of its own to end is told by the end of its pipe, `grace` seconds before.
+        """
+        await to_its_end(self._kill(grace))
+
+    async def _kill(self, grace: float) -> None:
+        if grace:
+            self._stdin.close()
+            await _within(grace, self._drain())
         await _end_group(self.pid)
         self._stdin.close()
         leftovers = asyncio.ensure_future(self._drain())
@@ -128,10 +133,6 @@ class Process:
             self._output = (self._output + chunk)[-_KEPT_OUTPUT:]
 
 
-def _frame(payload: bytes) -> bytes:
-    return len(payload).to_bytes(4, "big") + payload
-
-
 def _environment() -> dict[str, str]:
     """What a child needs to run Python, and no more: no programs to call, no home, no secrets."""
     kept = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
@@ -142,6 +143,14 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": str(_PACKAGE_ROOT),
         **kept,
     }
+
+
+async def _within(seconds: float, work: Coroutine[object, object, None]) -> None:
+    """Give `work` so much time and no more."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait((task,), timeout=seconds)
+    task.cancel()
+    await asyncio.wait((task,))
 
 
 async def _end_group(leader: int) -> None:
@@ -196,96 +205,3 @@ def _reap_orphans(leader: int) -> None:
             continue
     except ChildProcessError:
         return
-
-
-class Channel:
-    """The child's end: it takes over standard input and output, so that printing reaches neither."""
-
-    def __init__(self) -> None:
-        self.jobs = os.dup(0)
-        self._frames = os.dup(1)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
-        os.dup2(2, 1)
-
-    def send(self, payload: bytes) -> None:
-        rest = memoryview(_frame(payload))
-        while rest:
-            rest = rest[os.write(self._frames, rest) :]
-
-    def receive(self) -> bytes | None:
-        """The next frame, or None when the service has hung up."""
-        head = self._read(4)
-        return None if head is None else self._read(int.from_bytes(head, "big"))
-
-    def _read(self, size: int) -> bytes | None:
-        """Unbuffered: nothing may be read ahead of what `select` is asked about."""
-        data = b""
-        while len(data) < size:
-            chunk = os.read(self.jobs, size - len(data))
-            if not chunk:
-                return None
-            data += chunk
-        return data
-
-
-def die_with(parent: int) -> None:
-    """Have the system end this process when `parent`, which started it, ends in whatever way.
-
-    macOS has nothing of the kind; there the end of the pipe tells (see `apart`, `Channel.receive`).
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "the parent-death signal was refused")
-        if os.getppid() != parent:  # it died before the signal was asked for
-            os._exit(1)
-    if sys.platform == "win32":
-        threading.Thread(target=_outlive_not, args=(parent,), daemon=True).start()
-
-
-def _outlive_not(parent: int) -> None:
-    if sys.platform == "win32":
-        synchronize, infinite = 0x00100000, 0xFFFFFFFF
-        handle = ctypes.windll.kernel32.OpenProcess(synchronize, False, parent)
-        ctypes.windll.kernel32.WaitForSingleObject(handle, infinite)
-        os._exit(1)
-
-
-def apart(channel: Channel, work: Callable[[], None]) -> int:
-    """Run `work` in a fork of this process and answer its exit code, as `subprocess` would give it.
-
-    A fork has everything that was imported and leaves nothing behind. No frame comes in meanwhile, so
-    if there is something to read from the service, it is the end: then this group ends too. Windows
-    cannot fork: there the work is done in place.
-    """
-    if sys.platform == "win32":
-        work()
-        return 0
-    ended, running = os.pipe()
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        os.close(ended)
-        _run_and_exit(work, parent)
-    os.close(running)
-    ready, _, _ = select.select([ended, channel.jobs], [], [])
-    if ended not in ready:
-        os.killpg(0, signal.SIGKILL)
-    os.close(ended)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _run_and_exit(work: Callable[[], None], parent: int) -> NoReturn:
-    """The edge of the forked process: nothing may return, or the fork would go on as its parent."""
-    try:
-        die_with(parent)
-        work()
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

@@ -26,6 +26,9 @@ from app.steps.casting import QuestionType
 _CORE_FIELDS = ("label", "operator", "objective")
 _SCOPES = ("experimental", "test", "both")
 _NAMES_OF_COPIER = ("now", "make_secret")
+_MARKS = tuple(
+    f"{kind}_{end}_string" for kind in ("block", "variable", "comment") for end in ("start", "end")
+)
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
@@ -208,6 +211,13 @@ def load(folder: Path) -> Template | Failure:
         return _template(path, _manifest(path))
     except Unusable as unusable:
         return unusable.failure()
+
+
+def marks(folder: Path) -> dict[str, str]:
+    """The texts of `_envops`: by which marks, if not the usual ones, Jinja knows what to evaluate."""
+    told = _manifest(Path(os.path.realpath(folder))).get("_envops")
+    given = told if isinstance(told, dict) else {}
+    return {name: str(given[name]) for name in _MARKS if isinstance(given.get(name), str)}
 
 
 def _manifest(folder: Path) -> dict[str, object]:

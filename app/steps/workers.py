@@ -2,8 +2,8 @@
 
 This module promises as many workers as there are slots, each given to one task at a time, and a new one
 in the place of any that was lost, stopped halfway or killed by somebody. When a task is told to have
-ended, its process is gone. A worker module calls `serve` with what it does; tasks and what is told of
-them are bytes, and mean something only to the two ends.
+ended, its process is gone. A worker module calls `serve` with what it does, or keeps to the same words
+in its own way; tasks and what is told of them are bytes, and mean something only to the two ends.
 """
 
 import asyncio
@@ -16,14 +16,15 @@ from functools import partial
 import structlog
 
 from app.errors import ShuttingDown
-from app.steps.process import Channel, Process, apart, die_with
+from app.steps.child import ENDED, READY, TOLD, Channel, apart, die_with
+from app.steps.process import Process
 
 _START_SECONDS = 60.0
-_READY, _TOLD, _ENDED = b"r", b"t", b"e"
 
 _log = structlog.get_logger(__name__)
 
 Tell = Callable[[bytes], None]
+Command = Callable[[], tuple[str, ...]]
 
 
 class NotStarted(Exception):
@@ -31,29 +32,35 @@ class NotStarted(Exception):
 
 
 class Worker:
-    """One process. It is not idle from the moment it gets a task until that is over."""
+    """One process. It is not idle from the moment it gets a task until that is over.
 
-    def __init__(self, process: Process) -> None:
+    One that hangs up with its task, and never tells that it has ended, is for that one task only.
+    `greeting` is what it had to say of itself when it was ready.
+    """
+
+    def __init__(self, command: tuple[str, ...], process: Process, greeting: bytes) -> None:
+        self.command = command
         self.process = process
+        self.greeting = greeting
         self.idle = True
 
     @classmethod
-    async def start(cls, module: str) -> "Worker":
+    async def start(cls, command: tuple[str, ...]) -> "Worker":
         """Raises OSError and NotStarted."""
-        process = await Process.start(module)
+        process = await Process.start(command)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 ready = await process.receive()
         except TimeoutError:
             await process.kill()
-            raise NotStarted(f"{module} was not ready within {_START_SECONDS:g} seconds") from None
+            raise NotStarted(f"{command[-1]} was not ready within {_START_SECONDS:g} seconds") from None
         except BaseException:
             await process.kill()
             raise
         if ready is None:
             await process.kill()
             raise NotStarted(process.output)
-        return cls(process)
+        return cls(command, process, ready.removeprefix(READY))
 
     async def work(self, task: bytes, tell: Tell) -> int | None:
         """Do `task` and pass on what is told of it.
@@ -64,22 +71,32 @@ class Worker:
         self.idle = False
         await self.process.send(task)
         while (frame := await self.process.receive()) is not None:
-            if frame[:1] == _ENDED:
+            if frame[:1] == ENDED:
                 self.idle = True
                 return int(frame[1:])
             tell(frame[1:])
         return None
 
 
-class Workers:
-    """A fixed number of slots; None in a slot is a worker that is to be started by whoever takes it."""
+def _running(module: str) -> tuple[str, ...]:
+    return (sys.executable, "-P", "-X", "utf8", "-m", module)
 
-    def __init__(self, module: str, count: int) -> None:
-        self._module = module
+
+class Workers:
+    """A fixed number of slots; None in a slot is a worker that is to be started by whoever takes it.
+
+    `program` is a module, or what answers the command line, which is then asked anew for each worker.
+    One that has things of its own to end gets `grace` seconds for that.
+    """
+
+    def __init__(self, program: str | Command, count: int, *, grace: float = 0.0) -> None:
+        self._command = partial(_running, program) if isinstance(program, str) else program
         self._count = count
+        self._grace = grace
         self._slots: asyncio.Queue[Worker | None] = asyncio.Queue()
         self._warming: set[asyncio.Task[Worker]] = set()
         self._closed = False
+        self.greeting = b""  # of the worker that was the last to get ready
         for _ in range(count):
             self._slots.put_nowait(None)
 
@@ -105,7 +122,7 @@ class Workers:
                 self._slots.put_nowait(worker)
             else:
                 try:
-                    await worker.process.kill()
+                    await worker.process.kill(self._grace)
                 finally:
                     self._replace()
 
@@ -121,16 +138,25 @@ class Workers:
     async def _taken(self) -> Worker:
         worker = await self._slots.get()
         try:
-            return worker if worker and worker.process.alive else await Worker.start(self._module)
+            if worker and worker.process.alive and worker.command == self._command():
+                return worker
+            if worker:
+                await worker.process.kill()
+            return await self._started()
         except BaseException:
             self._slots.put_nowait(None)
             raise
+
+    async def _started(self) -> Worker:
+        worker = await Worker.start(self._command())
+        self.greeting = worker.greeting
+        return worker
 
     def _replace(self) -> None:
         if self._closed:
             self._slots.put_nowait(None)
             return
-        warming = asyncio.create_task(Worker.start(self._module))
+        warming = asyncio.create_task(self._started())
         self._warming.add(warming)
         warming.add_done_callback(self._fill)
 
@@ -139,7 +165,7 @@ class Workers:
         self._warming.discard(warming)
         failed = warming.cancelled() or warming.exception()
         if isinstance(failed, BaseException):
-            _log.warning("a worker could not be started", module=self._module, reason=str(failed))
+            _log.warning("a worker could not be started", command=self._command(), reason=str(failed))
         self._slots.put_nowait(None if failed else warming.result())
 
 
@@ -148,7 +174,7 @@ def serve(perform: Callable[[bytes, Tell], None]) -> None:
     channel = Channel()
     die_with(int(sys.argv[1]))
     gc.freeze()
-    channel.send(_READY)
+    channel.send(READY)
     while (task := channel.receive()) is not None:
-        exit_code = apart(channel, partial(perform, task, lambda told: channel.send(_TOLD + told)))
-        channel.send(_ENDED + str(exit_code).encode())
+        exit_code = apart(channel, partial(perform, task, lambda told: channel.send(TOLD + told)))
+        channel.send(ENDED + str(exit_code).encode())
