@@ -1,4 +1,4 @@
-"""Staging trees and the one rename that publishes them.
+"""Staging trees, the copies that plugins work on, and the one rename that publishes a tree.
 
 Promises that a destination is absent or complete at every instant and through every crash, that
 nothing which stands at a destination is ever written into or replaced, and that a published tree has
@@ -66,14 +66,60 @@ def prepare(session_folder: Path, destination: Path) -> Path:
     """
     _require_root(session_folder)
     session_folder.mkdir(exist_ok=True)
-    for name in os.listdir(session_folder):
-        if _ATTEMPT_NAME.fullmatch(name):
-            _remove(session_folder / name.removesuffix(_GONE))
+    _clear_attempts(session_folder, but=None)
     attempt = session_folder / secrets.token_hex(4)
     _make_heir(attempt, next(folder for folder in destination.parents if folder.is_dir()))
     tree = attempt / "tree"
     tree.mkdir()
     return tree
+
+
+def branch(tree: Path) -> Path:
+    """Copies a tree into a new attempt beside its own, with the same rights in all; returns the copy, not synced.
+
+    No file of the copy is a hard link: what is written to it in place must not reach the tree. When anything fails
+    nothing is left of the copy; what a crash leaves goes with `only` or `prepare`.
+    """
+    old, session_folder = tree.parent, tree.parent.parent
+    _require_root(session_folder)
+    attempt = session_folder / secrets.token_hex(4)
+    try:
+        _make_heir(attempt, old)
+        _copy(tree, attempt / tree.name)
+    except BaseException:
+        _remove(attempt)
+        raise
+    return attempt / tree.name
+
+
+def bring_along(tree: Path, copy: Path, name: str) -> None:
+    """Copies the file `name` beside a tree, if it is there, to beside the copy of that tree."""
+    if _is_there(tree.parent / name):
+        _remove(copy.parent / name)
+        _copy_one(tree.parent / name, copy.parent / name)
+        disk.sync_file(copy.parent / name)
+
+
+def forget(tree: Path) -> None:
+    """Removes the attempt that a tree is in, so that who still writes to it by name or from inside reaches nothing."""
+    _require_root(tree.parent.parent)
+    _remove(tree.parent)
+
+
+def only(session_folder: Path, tree: Path) -> None:
+    """Removes all attempts of a session but the one that `tree` is in."""
+    _require_root(session_folder)
+    _clear_attempts(session_folder, but=tree.parent.name)
+
+
+def scratch(tree: Path) -> Path:
+    """The folder beside a tree for what is of no use once its plugin has ended."""
+    return tree.parent / "scratch"
+
+
+def clear_scratch(tree: Path) -> None:
+    """Removes it, with whatever a plugin has put into its home."""
+    _remove(scratch(tree))
 
 
 def sync_tree(tree: Path) -> None:
@@ -166,6 +212,12 @@ def _is_there(path: Path) -> bool:
     return True
 
 
+def _clear_attempts(session_folder: Path, *, but: str | None) -> None:
+    for name in os.listdir(session_folder):
+        if _ATTEMPT_NAME.fullmatch(name) and name.removesuffix(_GONE) != but:
+            _remove(session_folder / name.removesuffix(_GONE))
+
+
 def _make_heir(folder: Path, parent: Path) -> None:
     """Makes a folder that hands on the same rights as `parent`.
 
@@ -195,6 +247,30 @@ def _entries(tree: Path) -> Iterator[Entry]:
                     waiting.append(Path(entry.path))
                 else:
                     yield Path(entry.path), entry.stat(follow_symlinks=False)
+
+
+def _copy(tree: Path, target: Path) -> None:
+    """A folder gets its rights and times when all that is in it has been made."""
+    folders = []
+    for path, status in _entries(tree):
+        copy = target / path.relative_to(tree)
+        if stat.S_ISDIR(status.st_mode):
+            copy.mkdir(stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
+            folders.append((copy, path))
+        elif stat.S_ISLNK(status.st_mode):
+            copy.symlink_to(os.readlink(path))
+            disk.liken(copy, path)
+        elif stat.S_ISREG(status.st_mode):
+            _copy_one(path, copy)
+        else:
+            raise OSError(errno.EINVAL, "is neither a file, a folder nor a link", str(path))
+    for copy, path in reversed(folders):
+        disk.liken(copy, path)
+
+
+def _copy_one(file: Path, copy: Path) -> None:
+    disk.copy_file(file, copy)
+    disk.liken(copy, file)
 
 
 def _run(results: Iterable[None]) -> None:
