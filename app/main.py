@@ -22,9 +22,11 @@ from app.errors import StoreBroken, StoreRefused
 from app.sessions.events import timestamp
 from app.sessions.feed import Feed
 from app.sessions.pipeline import Pipeline
+from app.sessions.plugin_pass import PluginPass
 from app.sessions.runner import Runner
 from app.sessions.store import Store
 from app.settings import ConfigFile
+from app.steps.plugins.host import Host
 from app.steps.render import Renderer
 from app.web import doors
 
@@ -51,8 +53,10 @@ class House:
         self.config = config
         self.store = Store(service.database_url, on_broken=_die)
         self.renderer = Renderer(service)
+        self.plugins = Host(lambda: self.config.current.plugins.python)
         self.feed = Feed(self.store)
-        pipeline = Pipeline(self.store, self.renderer, config)
+        plugin_pass = PluginPass(self.store, self.plugins, config)
+        pipeline = Pipeline(self.store, self.renderer, plugin_pass, config)
         self.runner = Runner(self.store, pipeline, keep_partial_days=service.keep_partial_days, held=held)
         self._service = service
         self._guessed = config.status.state == "incomplete_no_config"
@@ -64,6 +68,7 @@ class House:
         watching = asyncio.create_task(self._look_after())
         try:
             await self.renderer.start()
+            await self.plugins.start()
             await self.runner.start(lambda: self.config.current.paths.local_root)
             yield
         finally:
@@ -71,6 +76,7 @@ class House:
             await asyncio.wait({watching})
             await self.drain()
             await self.renderer.close()
+            await self.plugins.close()
             await self.store.close()
 
     async def drain(self) -> None:
@@ -96,7 +102,7 @@ def create_app(house: House) -> ASGIApp:
         runner=house.runner,
         feed=house.feed,
         config=house.config,
-        isolation=house.renderer.isolation,
+        isolation=lambda: {"rendering": house.renderer.isolation, "plugins": house.plugins.isolation},
     )
     return doors.guarded(app, house.config)
 

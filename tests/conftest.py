@@ -124,7 +124,9 @@ def lead_to(state: State) -> Outcome:
             return accepted()
         case State.PLUGIN_PASS:
             tree = Path("/data/.exlab-sessions/tree")
-            return lifecycle.Rendered(tree=tree, manifest="0" * 64, rendered=("a.csv",), log=("rendered",))
+            return lifecycle.Rendered(
+                tree=tree, manifest="0" * 64, rendered=("a.csv",), answers={}, log=("rendered",)
+            )
         case State.INPUT_REQUIRED:
             return asked()
         case State.CACHE_WRITE:

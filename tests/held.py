@@ -32,11 +32,13 @@ from app.sessions.lifecycle import (
     Warned,
 )
 from app.sessions.pipeline import Pipeline
+from app.sessions.plugin_pass import PluginPass
 from app.sessions.requests import CreateBody, ResumeBody, decode
 from app.sessions.runner import Runner
 from app.sessions.session import Caller, Session
 from app.sessions.store import Store
 from app.settings import ConfigFile
+from app.steps.plugins.host import Host
 from app.steps.render import Renderer
 from app.web import doors
 from tests.service import PATIENCE
@@ -55,7 +57,8 @@ class Held:
         self.config = config
         self.store = Store(service.database_url, on_broken=lambda broken: None)
         self.feed = Feed(self.store)
-        pipeline = Pipeline(self.store, Renderer(service), config)
+        plugins = PluginPass(self.store, Host(lambda: None), config)
+        pipeline = Pipeline(self.store, Renderer(service), plugins, config)
         self.runner = Runner(self.store, pipeline, keep_partial_days=14, held=True)
         self.port = 0
 
@@ -67,7 +70,7 @@ class Held:
             runner=self.runner,
             feed=self.feed,
             config=self.config,
-            isolation={},
+            isolation=dict,
         )
         self.server = uvicorn.Server(
             uvicorn.Config(
@@ -113,7 +116,7 @@ class Held:
         return await self.store.record(await self.created(**changes), accepted())
 
     async def at_plugins(self, printed: tuple[str, ...] = (), **changes: Any) -> Session:
-        rendered = Rendered(tree=Path("/data/tree"), manifest="0" * 64, rendered=(), log=printed)
+        rendered = Rendered(tree=Path("/data/tree"), manifest="0" * 64, rendered=(), answers={}, log=printed)
         return await self.store.record(await self.rendering(**changes), rendered)
 
     async def asking(self, session: Session | None = None, prompt_id: str = "p1") -> Session:

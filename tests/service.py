@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,3 +137,30 @@ def ended(http: httpx.Client, session_id: str) -> dict[str, Any]:
         return handle if handle["state"] in ("done", "failed", "aborted") else None
 
     return eventually(terminal)
+
+
+def plugin(lab: Path, name: str, code: str, **manifest: object) -> str:
+    """A plugin in `lab` whose class body is `code`; it sees every text file unless the manifest says otherwise."""
+    told = {"name": name, "version": "1.0", "supported_extensions": [".txt"], "api_version": "1"} | manifest
+    folder = lab / "plugins" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.yml").write_text(json.dumps(told))
+    head = "import os, signal, subprocess, sys, time\nfrom pathlib import Path\n"
+    api = "from exlab_sessions.plugins import FileChange, PluginContext, PluginError, PluginInputRequired\n"
+    base = "from exlab_sessions.plugins import Plugin as Base\n\n\nclass Plugin(Base):\n"
+    yes = "    def can_handle(self, file_path, variables):\n        return True\n\n"
+    (folder / "__init__.py").write_text(
+        head + api + base + yes + textwrap.indent(textwrap.dedent(code), "    ")
+    )
+    return name
+
+
+def waiting(http: httpx.Client, session_id: str) -> dict[str, Any]:
+    """The handle of a session once it asks its operator."""
+
+    def asking() -> dict[str, Any] | None:
+        handle: dict[str, Any] = http.get(f"/sessions/{session_id}").json()
+        assert handle["state"] not in ("done", "failed", "aborted"), handle
+        return handle if handle["state"] == "input_required" else None
+
+    return eventually(asking)

@@ -77,7 +77,9 @@ async def _built(store: Store, root: Path, project: str) -> Session:
     (tree / ".exlab-wizard").mkdir(parents=True)
     creation = {"session_id": session.session_id}
     (tree / ".exlab-wizard" / "creation.json").write_text(json.dumps(creation))
-    return await store.record(session, lifecycle.Rendered(tree=tree, manifest="0" * 64, rendered=(), log=()))
+    return await store.record(
+        session, lifecycle.Rendered(tree=tree, manifest="0" * 64, rendered=(), answers={}, log=())
+    )
 
 
 async def _asking(store: Store, session: Session) -> Session:
@@ -352,3 +354,9 @@ def test_a_data_root_that_is_not_mounted_is_one_warning_and_no_loss(lab: Lab) ->
     lab.root.mkdir()
     [complaint] = lab.found()
     assert (complaint.level, complaint.where) == ("warning", str(lab.root))
+
+
+def test_a_tree_that_is_not_the_one_sealed_last_is_found(lab: Lab) -> None:
+    elsewhere = f"UPDATE sessions SET tree = '/elsewhere' WHERE session_id = '{lab.done.session_id}'"
+    _past_the_guards(lab.path, elsewhere)
+    _only(lab.found(), "error", lab.done, "was sealed last")

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, func, insert, select, text, update
 
-from app import database
+from app import connections, database
 from app.database import store_facts
 from app.errors import StoreBroken, StoreRefused, StoreUnavailable
 from app.sessions.lifecycle import State
@@ -42,10 +43,10 @@ as_root = pytest.mark.skipif(
 
 
 @pytest.fixture
-async def writer(store_path: Path, broken: list[StoreBroken]) -> AsyncIterator[database.Writer]:
+async def writer(store_path: Path, broken: list[StoreBroken]) -> AsyncIterator[connections.Writer]:
     """A writer of a new store, without the store's verbs on top."""
     database.prepare(store_path)
-    writer = database.Writer(store_path, on_broken=broken.append)
+    writer = connections.Writer(store_path, on_broken=broken.append)
     writer.start()
     yield writer
     await asyncio.to_thread(writer.close)
@@ -65,7 +66,7 @@ def facts(path: Path) -> set[str]:
     return {name for (name,) in rows(path, "SELECT name FROM store_facts")} - {"epoch"}
 
 
-async def written(writer: database.Writer, *units: Callable[[Connection], Any]) -> list[Any]:
+async def written(writer: connections.Writer, *units: Callable[[Connection], Any]) -> list[Any]:
     """What the units came to, all of them committed in one group."""
     held, go_on = threading.Event(), threading.Event()
 
@@ -193,7 +194,7 @@ async def test_a_newer_schema_is_refused_untouched(store_path: Path, planted: "P
     await made(store_path)
     before = store_path.read_bytes()
     planted.remove()
-    with pytest.raises(StoreRefused, match=r"newer release \(schema 0002; this one knows 0001\)"):
+    with pytest.raises(StoreRefused, match=rf"newer release \(schema {COMING}; this one knows {HEAD}\)"):
         await store_at(store_path).open()
     assert store_path.read_bytes() == before
 
@@ -233,7 +234,7 @@ async def test_the_folder_of_the_store_may_have_any_name(tmp_path: Path, name: s
     path = tmp_path / name / "sessions.sqlite3"
     path.parent.mkdir()
     database.prepare(path)
-    writer, readers = database.Writer(path, on_broken=_ignore), database.Readers(path)
+    writer, readers = connections.Writer(path, on_broken=_ignore), connections.Readers(path)
     writer.start()
     await soon(writer.write(fact("here"), _ignore))
     [found] = await readers.all(select(store_facts.c.name).where(store_facts.c.name == "here"))
@@ -288,6 +289,10 @@ async def test_a_store_is_free_again_after_its_close(store_path: Path, store: St
 # Migrations
 
 
+HEAD = str(ScriptDirectory(database.migrations_folder()).get_current_head())
+COMING = "9999"
+
+
 class Plant:
     """Migrations as a coming release would have them: those that are there, and one more."""
 
@@ -297,10 +302,11 @@ class Plant:
         self._monkeypatch = monkeypatch
 
     def __call__(self, upgrade: str) -> None:
-        head = f'from alembic import op\nimport sqlalchemy as sa\nrevision = "{"0002"}"\ndown_revision = "0001"\n'
+        revisions = f'revision = "{COMING}"\ndown_revision = "{HEAD}"'
+        head = f"from alembic import op\nimport sqlalchemy as sa\n{revisions}\n"
         body = textwrap.indent(textwrap.dedent(upgrade), "    ")
         text = f"{head}\n\ndef upgrade() -> None:\n{body}\n"
-        (self._folder / "versions" / "0002_planted.py").write_text(text)
+        (self._folder / "versions" / f"{COMING}_planted.py").write_text(text)
         self._monkeypatch.setattr(database, "migrations_folder", lambda: self._folder)
 
     def remove(self) -> None:
@@ -326,9 +332,9 @@ async def test_an_older_store_is_backed_up_before_it_is_migrated(store_path: Pat
     await made(store_path, sessions=3)
     planted('op.execute("ALTER TABLE sessions ADD COLUMN room TEXT")')
     opened = await reopened(store_path)
-    assert opened.revision == "0002" and opened.backup is not None
+    assert opened.revision == COMING and opened.backup is not None
     assert rows(store_path, "SELECT count(*) FROM sessions WHERE room IS NULL") == [(3,)]
-    assert rows(opened.backup, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert rows(opened.backup, "SELECT version_num FROM alembic_version") == [(HEAD,)]
     assert rows(opened.backup, "SELECT count(*) FROM sessions") == [(3,)]
     assert rows(opened.backup, "PRAGMA application_id") == [(database.APPLICATION_ID,)]
 
@@ -386,9 +392,9 @@ async def test_a_migration_that_fails_leaves_the_store_as_it_was(store_path: Pat
     """)
     with pytest.raises(StoreRefused, match="no_such_table"):
         await store_at(store_path).open()
-    assert [path for path in store_path.parent.iterdir() if ".before-0001-" in path.name]
+    assert [path for path in store_path.parent.iterdir() if f".before-{HEAD}-" in path.name]
     planted.remove()
-    assert (await reopened(store_path)).revision == "0001"
+    assert (await reopened(store_path)).revision == HEAD
     assert rows(store_path, "SELECT count(*) FROM pragma_table_info('sessions') WHERE name = 'room'") == [
         (0,)
     ]
@@ -451,7 +457,7 @@ async def test_a_store_that_was_exchanged_while_open_has_another_epoch(store_pat
 async def test_a_reader_cannot_write(store_path: Path) -> None:
     """Versions up to 3.51.2 can corrupt the file when two connections write or checkpoint at once."""
     database.prepare(store_path)
-    readers = database.Readers(store_path)
+    readers = connections.Readers(store_path)
     with pytest.raises(StoreUnavailable, match="readonly"):
         await readers.all(update(store_facts).values(value="y"))
     await readers.close()
@@ -461,10 +467,10 @@ async def test_a_commit_never_checkpoints_by_itself(
     store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With `wal_autocheckpoint` as SQLite has it, any connection checkpoints after 1000 pages."""
-    monkeypatch.setattr(database, "CHECKPOINT_BYTES", 1 << 30)
+    monkeypatch.setattr(connections, "CHECKPOINT_BYTES", 1 << 30)
     database.prepare(store_path)
     small = store_path.stat().st_size
-    writer = database.Writer(store_path, on_broken=_ignore)
+    writer = connections.Writer(store_path, on_broken=_ignore)
     writer.start()
     for number in range(60):
         await writer.write(fact(f"{number}", "x" * 100_000), _ignore)
@@ -474,35 +480,37 @@ async def test_a_commit_never_checkpoints_by_itself(
     assert store_path.stat().st_size > 6_000_000
 
 
-async def test_a_log_that_grows_is_folded_into_the_file(writer: database.Writer, store_path: Path) -> None:
+async def test_a_log_that_grows_is_folded_into_the_file(writer: connections.Writer, store_path: Path) -> None:
     for number in range(200):
         await writer.write(fact(f"{number}", "x" * 100_000), _ignore)
     assert store_path.stat().st_size > 10_000_000
-    assert writer.wal_bytes() < 2 * database.CHECKPOINT_BYTES
+    assert writer.wal_bytes() < 2 * connections.CHECKPOINT_BYTES
 
 
-async def test_a_log_that_was_folded_is_not_folded_again_at_each_commit(writer: database.Writer) -> None:
+async def test_a_log_that_was_folded_is_not_folded_again_at_each_commit(writer: connections.Writer) -> None:
     """A passive checkpoint leaves the file of the log as long as it was."""
     number = 0
-    while writer.wal_bytes() <= database.CHECKPOINT_BYTES:
+    while writer.wal_bytes() <= connections.CHECKPOINT_BYTES:
         await writer.write(fact(f"large {number}", "x" * 100_000), _ignore)
         number += 1
     await writer.write(fact("small 1"), _ignore)
     await writer.write(fact("small 2"), _ignore)
-    assert writer.wal_bytes() <= database.CHECKPOINT_BYTES
+    assert writer.wal_bytes() <= connections.CHECKPOINT_BYTES
 
 
-async def test_a_reader_who_stays_does_not_stop_the_writer(writer: database.Writer, store_path: Path) -> None:
+async def test_a_reader_who_stays_does_not_stop_the_writer(
+    writer: connections.Writer, store_path: Path
+) -> None:
     """One reader that stays open lets the log grow without end; writes must go on, and shrink it after."""
     with closing(sqlite3.connect(store_path, isolation_level=None)) as stays:
         stays.execute("BEGIN")
         stays.execute("SELECT count(*) FROM store_facts").fetchone()
         for number in range(100):
             await soon(writer.write(fact(f"{number}", "x" * 100_000), _ignore))
-        assert writer.wal_bytes() > 2 * database.CHECKPOINT_BYTES
+        assert writer.wal_bytes() > 2 * connections.CHECKPOINT_BYTES
     await writer.write(fact("after"), _ignore)
     await writer.write(fact("and after"), _ignore)
-    assert writer.wal_bytes() <= database.CHECKPOINT_BYTES
+    assert writer.wal_bytes() <= connections.CHECKPOINT_BYTES
 
 
 async def test_the_live_file_is_opened_by_nobody_but_sqlite(store_path: Path) -> None:
@@ -585,7 +593,7 @@ def test_one_thread_does_all_writing(store_path: Path) -> None:
 
 
 async def test_a_unit_sees_what_it_read_until_it_has_written(
-    writer: database.Writer, store_path: Path
+    writer: connections.Writer, store_path: Path
 ) -> None:
     """A deferred transaction that turns into a write fails at once with BUSY_SNAPSHOT."""
     interference: list[str] = []
@@ -605,7 +613,7 @@ async def test_a_unit_sees_what_it_read_until_it_has_written(
 
 
 async def test_a_hundred_increments_at_once_count_to_a_hundred(
-    writer: database.Writer, store_path: Path
+    writer: connections.Writer, store_path: Path
 ) -> None:
     """The default transactions of sqlite3 lose updates: such a counter stood at 2."""
     own = store_facts.c.name == "counter"
@@ -622,7 +630,7 @@ async def test_a_hundred_increments_at_once_count_to_a_hundred(
 async def test_cancelled_readers_leave_nothing_locked(store_path: Path) -> None:
     """A task that was cancelled inside a SELECT left the database locked in 11 of 250 tries."""
     await made(store_path)
-    readers = database.Readers(store_path)
+    readers = connections.Readers(store_path)
     counting = "WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 5000)"
     slow = text(f"{counting} SELECT n, (SELECT count(*) FROM sessions) FROM c")
     chosen = random.Random(3)
@@ -667,15 +675,17 @@ def test_a_process_whose_readers_were_cancelled_ends(store_path: Path) -> None:
 
 async def test_two_hundred_readers_at_once_are_all_answered(store_path: Path) -> None:
     await made(store_path, sessions=5)
-    readers = database.Readers(store_path)
+    readers = connections.Readers(store_path)
     page = select(database.sessions)
     found = await soon(asyncio.gather(*(readers.all(page, page) for _ in range(200))))
     assert all(len(first) == len(second) == 5 for first, second in found)
     await readers.close()
 
 
-async def test_the_statements_of_one_read_see_one_moment(writer: database.Writer, store_path: Path) -> None:
-    readers = database.Readers(store_path)
+async def test_the_statements_of_one_read_see_one_moment(
+    writer: connections.Writer, store_path: Path
+) -> None:
+    readers = connections.Readers(store_path)
     count = select(func.count()).select_from(store_facts)
     writing = [asyncio.create_task(writer.write(fact(f"{number}"), _ignore)) for number in range(200)]
     while not all(task.done() for task in writing):
@@ -688,7 +698,7 @@ async def test_the_statements_of_one_read_see_one_moment(writer: database.Writer
 
 
 async def test_what_waits_at_the_same_time_is_committed_together(
-    writer: database.Writer, store_path: Path
+    writer: connections.Writer, store_path: Path
 ) -> None:
     """32 sessions at once: 2.2 k/s in groups, 65 one by one."""
     await written(writer, *(fact(f"{number}") for number in range(32)))
@@ -697,16 +707,18 @@ async def test_what_waits_at_the_same_time_is_committed_together(
     assert len(facts(store_path)) == 32
 
 
-async def test_a_large_crowd_is_committed_in_groups(writer: database.Writer) -> None:
+async def test_a_large_crowd_is_committed_in_groups(writer: connections.Writer) -> None:
     await soon(
         asyncio.gather(
-            *(writer.write(fact(f"{number}"), _ignore) for number in range(3 * database.GROUP_LIMIT))
+            *(writer.write(fact(f"{number}"), _ignore) for number in range(3 * connections.GROUP_LIMIT))
         )
     )
     assert writer.commits < 100
 
 
-async def test_a_refused_unit_does_not_hurt_its_neighbours(writer: database.Writer, store_path: Path) -> None:
+async def test_a_refused_unit_does_not_hurt_its_neighbours(
+    writer: connections.Writer, store_path: Path
+) -> None:
     def fails_late(db: Connection) -> None:
         fact("half done")(db)
         raise LookupError("no such thing")
@@ -723,7 +735,7 @@ async def test_a_refused_unit_does_not_hurt_its_neighbours(writer: database.Writ
 
 
 async def test_a_unit_that_a_trigger_refuses_is_refused_alone(
-    writer: database.Writer, store_path: Path
+    writer: connections.Writer, store_path: Path
 ) -> None:
     def illegal(db: Connection) -> None:
         fact("before the trigger")(db)
@@ -734,14 +746,14 @@ async def test_a_unit_that_a_trigger_refuses_is_refused_alone(
     assert facts(store_path) == {"a", "b"}
 
 
-async def test_a_group_is_told_of_in_the_order_of_its_commit(writer: database.Writer) -> None:
+async def test_a_group_is_told_of_in_the_order_of_its_commit(writer: connections.Writer) -> None:
     told: list[int] = []
     units = [partial(_same, number) for number in range(500)]
     await soon(asyncio.gather(*(writer.write(unit, told.append) for unit in units)))
     assert told == list(range(500))
 
 
-async def test_a_caller_who_is_cancelled_undoes_nothing(writer: database.Writer, store_path: Path) -> None:
+async def test_a_caller_who_is_cancelled_undoes_nothing(writer: connections.Writer, store_path: Path) -> None:
     held, go_on = threading.Event(), threading.Event()
 
     def slow(db: Connection) -> None:
@@ -760,7 +772,7 @@ async def test_a_caller_who_is_cancelled_undoes_nothing(writer: database.Writer,
 
 async def test_who_writes_after_the_close_is_refused(store_path: Path) -> None:
     database.prepare(store_path)
-    writer = database.Writer(store_path, on_broken=_ignore)
+    writer = connections.Writer(store_path, on_broken=_ignore)
     writer.start()
     waiting = [asyncio.create_task(writer.write(fact(f"{number}"), _ignore)) for number in range(5)]
     await asyncio.sleep(0)
@@ -785,7 +797,7 @@ def limit_pages(extra: int) -> Callable[[Connection], None]:
 
 
 async def test_a_full_disk_abandons_the_whole_group(
-    writer: database.Writer, store_path: Path, broken: list[StoreBroken]
+    writer: connections.Writer, store_path: Path, broken: list[StoreBroken]
 ) -> None:
     """After SQLITE_FULL the transaction is rolled back, and the next statement runs in autocommit."""
     await writer.write(limit_pages(3), _ignore)
@@ -850,7 +862,7 @@ async def test_a_full_disk_refuses_writes_and_keeps_reading_until_there_is_room(
 
 
 async def test_a_lock_from_outside_is_waited_for(
-    writer: database.Writer, store_path: Path, broken: list[StoreBroken]
+    writer: connections.Writer, store_path: Path, broken: list[StoreBroken]
 ) -> None:
     with outside(store_path) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -919,7 +931,7 @@ async def test_a_file_that_is_not_in_its_place_takes_no_write(
     path = tmp_path / "state" / "sessions.sqlite3"
     path.parent.mkdir()
     database.prepare(path)
-    writer = database.Writer(path, on_broken=broken.append)
+    writer = connections.Writer(path, on_broken=broken.append)
     writer.start()
     await writer.write(fact("before"), _ignore)
     mishap(path)

@@ -640,3 +640,51 @@ OFFSETS = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minute
 def test_every_time_that_python_can_write_names_a_run_by_its_wall_clock(lab: Path, at: datetime) -> None:
     found = passed(lab, RUN, run_date=at.isoformat())
     assert found.destination.name == "Run_" + at.isoformat()[:19].replace(":", "-")
+
+
+def installed(lab: Path, name: str, **told: object) -> None:
+    manifest = {"name": name, "version": "2.1", "supported_extensions": [".csv"], "api_version": "1"} | told
+    (lab / "plugins" / name).mkdir()
+    (lab / "plugins" / name / "manifest.yml").write_bytes(msgspec.json.encode(manifest))
+    (lab / "plugins" / name / "__init__.py").touch()
+
+
+def listing(lab: Path, *plugins: str) -> None:
+    manifest = lab / "templates/run/copier.yml"
+    manifest.write_text(RUN_TEMPLATE + f"_exlab_plugins: [{', '.join(plugins)}]\n")
+
+
+def test_the_plugins_of_a_template_are_planned_in_its_order_also_one_that_is_not_there(lab: Path) -> None:
+    installed(lab, "a")
+    installed(lab, "z")
+    listing(lab, "z", "gone", "a")
+    plan = passed(lab, RUN).plugins
+    assert [(plugin.name, plugin.version) for plugin in plan] == [("z", "2.1"), ("gone", None), ("a", "2.1")]
+
+
+def test_the_other_plugins_follow_by_name_where_the_config_has_them_run(lab: Path) -> None:
+    for name in ("c", "b", "a"):
+        installed(lab, name)
+    listing(lab, "b")
+    assert [plugin.name for plugin in passed(lab, RUN).plugins] == ["b"]
+    all_of_them = config(lab, plugins=settings.Plugins(run_unlisted=True))
+    inputs = Inputs(**RUN)  # type: ignore[arg-type]
+    found = gate.examine(inputs, all_of_them, now=NOW, session_folder=lab / "data/.exlab-sessions/x")
+    assert isinstance(found, Passed)
+    assert [plugin.name for plugin in found.plugins] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_variable_that_a_listed_plugin_needs_and_nobody_gave_is_refused(lab: Path, value: object) -> None:
+    installed(lab, "wants", required_variables=["stain"])
+    assert passed(lab, RUN)
+    listing(lab, "wants")
+    failure = refused(lab, RUN, **variables(stain=value))
+    assert (failure.code, failure.field) == ("plugin_variable_validation_failed", "variables.stain")
+    assert passed(lab, RUN, **variables(stain="HE"))
+
+
+def test_a_variable_that_the_template_asks_for_is_there_when_the_plugin_runs(lab: Path) -> None:
+    installed(lab, "wants", required_variables=["lens", "label", "destination"])
+    listing(lab, "wants")
+    assert passed(lab, RUN).plugins[0].version == "2.1"

@@ -192,7 +192,7 @@ def test_an_unknown_session_is_not_found(http: httpx.Client, session_id: str, pa
     assert answer.status_code == 404 and answer.json()["error"]["code"] in ("session_not_found", "not_found")
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/sessions/x/y", "/sessions/x/y/z", "/plugins"])
+@pytest.mark.parametrize("path", ["/nothing", "/sessions/x/y", "/sessions/x/y/z", "/plugin"])
 def test_an_unknown_address_is_not_found(http: httpx.Client, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
         assert told(http.request(method, path)) == (404, "not_found")
@@ -452,10 +452,42 @@ async def test_operations_are_what_is_live_and_what_failed_lately(
 
 def test_templates_are_shown_with_what_they_ask(http: httpx.Client, lab: Path) -> None:
     found = {each["name"]: each for each in http.get("/templates").json()["templates"]}
-    assert set(found) == {"project", "confocal_run", "plate_reader_run"}
+    assert set(found) == {"project", "confocal_run", "plate_reader_run", "stained_run"}
     assert found["project"]["type"] == "project" and found["project"]["template_path"] == "project"
     assert "organism" in {question["name"] for question in found["project"]["questions"]}
     assert "fixation" in {field["id"] for field in found["confocal_run"]["readme_fields"]}
+
+
+def test_plugins_are_shown_with_their_manifests(http: httpx.Client, lab: Path) -> None:
+    found = http.get("/plugins").json()
+    assert found["problems"] == []
+    [plugin] = found["plugins"]
+    assert plugin == {
+        "name": "sample_sheet",
+        "version": "1.0.0",
+        "author": "The laboratory",
+        "description": "Fills in the sample sheet of a run, and asks for what nobody has told yet.",
+        "supported_extensions": [".xlsx"],
+        "api_version": "1",
+        "required_variables": ["sample"],
+        "optional_variables": ["stain", "slides", "objective_lens"],
+        "timeout_seconds": 60,
+        "memory_mb": 512,
+        "network": False,
+        "folder": str(lab / "plugins" / "sample_sheet"),
+    }
+    assert http.head("/plugins").status_code == 200
+
+
+async def test_a_plugin_that_cannot_be_used_is_told_with_the_reason(
+    held: Held, calls: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    broken = tmp_path / "plugins/broken"
+    broken.mkdir(parents=True)
+    (broken / "manifest.yml").write_text("name: [")
+    found = (await calls.get("/plugins")).json()
+    assert [each["path"] for each in found["problems"]] == [str(broken)]
+    assert found["problems"][0]["message"].startswith("manifest.yml line 1: ")
 
 
 async def test_a_template_that_cannot_be_used_is_told_with_the_reason(
@@ -546,10 +578,10 @@ def test_health_tells_of_every_part(http: httpx.Client) -> None:
     report = http.get("/health").json()
     assert set(report) == {"status", "version", "schema_versions", "components", "setup_state"}
     assert report["status"] == "ok" and report["setup_state"] == "ready"
-    expected = {"session_store", "config", "data_root", "rendering", "partial_trees", "streams"}
+    expected = {"session_store", "config", "data_root", "rendering", "plugins", "partial_trees", "streams"}
     assert set(report["components"]) == expected
     assert {part["status"] for part in report["components"].values()} == {"ok"}
-    assert report["components"]["rendering"]["isolation"]
+    assert report["components"]["rendering"]["isolation"] and report["components"]["plugins"]["isolation"]
 
 
 async def test_a_config_that_breaks_leaves_the_last_one_in_force_and_health_warns(

@@ -72,8 +72,9 @@ def happenings(prompt_id: str = "?") -> tuple[Outcome, ...]:
         lifecycle.Warned(message="Careful.", code="careful"),
         blocked,
     )
+    ran = lifecycle.PluginRan(ordinal=1, total=1, plugin="staining", version="1", status="success")
     road = tuple(lead_to(state) for state in LIVE if state not in (State.PENDING, State.VALIDATING))
-    return (lifecycle.Begun(), *road, lead_to(State.DONE), answered, failed(), cancelled(), *remarks)
+    return (lifecycle.Begun(), *road, lead_to(State.DONE), ran, answered, failed(), cancelled(), *remarks)
 
 
 @pytest.fixture

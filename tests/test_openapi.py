@@ -57,7 +57,7 @@ def codes(operation: dict[str, Any]) -> dict[str, int]:
 def test_every_route_is_in_the_document(document: dict[str, Any], lab: Path) -> None:
     house = House(ConfigFile(lab / "config.yaml"), held=True)
     app = doors.litestar(
-        store=house.store, runner=house.runner, feed=house.feed, config=house.config, isolation={}
+        store=house.store, runner=house.runner, feed=house.feed, config=house.config, isolation=dict
     )
     routes = {
         f"{method} {route.path_format}"

@@ -472,7 +472,6 @@ async def test_a_session_that_comes_while_paging_disturbs_nothing(store: Store) 
         (Query(until="2026-01-02T03:06"), {"100% done"}),
         (Query(since="2026-01-02T03:06", until="2026-01-02T03:08"), {"other project", "100_ done"}),
     ],
-    ids=str,
 )
 async def test_a_listing_is_narrowed_by_what_is_asked(
     timed: Store, clock: Clock, query: Query, found: set[str]

@@ -94,6 +94,7 @@ def _complaints(store_path: Path, local_root: Path | None) -> Iterator[Complaint
         rows = {row.session_id: row for row in _rows(db)}
         yield from _in_histories(db, rows)
         yield from _in_prompts(db, rows)
+        yield from _in_plugins(db, rows)
     yield from _on_disk(store_path, rows)
     if local_root is not None:
         yield from _in_staging(local_root / publish.STAGING, residents, rows)
@@ -278,6 +279,16 @@ def _prompts_told(row: _Row, events: Mapping[str, str]) -> dict[str, str]:
     if row.state == State.INPUT_REQUIRED:
         told |= dict.fromkeys(list(told)[-1:], "open")
     return told
+
+
+def _in_plugins(db: sqlite3.Connection, rows: Mapping[str, _Row]) -> Iterator[Complaint]:
+    """A session works in the tree that was sealed last: as it was rendered, or as a plugin left it."""
+    newest = "SELECT session_id, tree, max(ordinal) FROM snapshots GROUP BY session_id"
+    sealed = {session_id: Path(tree) for session_id, tree, _ in db.execute(newest)}
+    for row in rows.values():
+        if row.session_id in sealed and row.tree != sealed[row.session_id]:
+            what = f"its tree is {row.tree}, but {sealed[row.session_id]} was sealed last"
+            yield _of(row, "error", what, _MEDDLED)
 
 
 # The disk

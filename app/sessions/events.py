@@ -94,6 +94,8 @@ def told(state: State, outcome: Outcome, *, seq: int, at: str) -> tuple[Event, .
                     file=file,
                 ),
             )
+        case lifecycle.PluginRan():
+            return _through(state, outcome, seq, at)
         case lifecycle.Answered(prompt_id=prompt_id, plugin=plugin, operator=operator):
             received = InputReceived(seq=seq, at=at, prompt_id=prompt_id, plugin=plugin, operator=operator)
             return (received, Phase(seq=seq + 1, at=at, phase=PHASES[State.PLUGIN_PASS]))
@@ -103,6 +105,19 @@ def told(state: State, outcome: Outcome, *, seq: int, at: str) -> tuple[Event, .
             return (Failed(seq=seq, at=at, phase=lifecycle.phase_left(state), error=_capped(error)),)
         case _:
             return _remark(state, outcome, seq, at)
+
+
+def _through(state: State, ran: lifecycle.PluginRan, seq: int, at: str) -> tuple[Event, ...]:
+    """That a plugin is through, after a warning where it came to no good."""
+    phase, told = lifecycle.phase_left(state), []
+    if ran.message is not None:
+        message = _short(f"{ran.plugin}: {ran.message}")
+        code = "plugin_missing" if ran.version is None else f"plugin_{ran.status}"
+        told.append(Warning(seq=seq, at=at, phase=phase, message=message, code=code, plugin=ran.plugin))
+    end = Progress(
+        seq=seq + len(told), at=at, phase=phase, current=ran.ordinal, total=ran.total, plugin=ran.plugin
+    )
+    return (*told, end)
 
 
 def _remark(state: State, outcome: Outcome, seq: int, at: str) -> tuple[Event, ...]:

@@ -8,6 +8,7 @@ is held to it too. Nothing here does I/O.
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -65,17 +66,51 @@ class Accepted(Outcome, frozen=True, kw_only=True):
 class Rendered(Outcome, frozen=True, kw_only=True):
     """The template stands rendered in `tree`, synced; `manifest` is the digest of what it holds.
 
-    `rendered` are the files that Jinja wrote, `log` is what the render printed, by lines.
+    `rendered` are the files that Jinja wrote, `answers` the values that it had for them, `log` is what the
+    render printed, by lines.
     """
 
     tree: Path
     manifest: str
     rendered: tuple[str, ...]
+    answers: dict[str, object]
     log: tuple[str, ...]
 
 
+class Said(msgspec.Struct, frozen=True):
+    """One line that a plugin logged or printed."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    text: str
+
+
+PluginStatus = Literal["success", "skipped", "failed", "timeout", "policy_violation"]
+
+
+class PluginRan(Outcome, frozen=True, kw_only=True):
+    """A plugin is through, the `ordinal`-th of `total`, counted from 1.
+
+    `tree`, synced, and the digest `manifest` of what it holds are what the plugin made; None when the tree is
+    as before it. `version` is None for one that is not there. Durations in milliseconds, memory in megabytes.
+    """
+
+    ordinal: int
+    total: int
+    plugin: str
+    version: str | None
+    status: PluginStatus
+    message: str | None = None
+    files_affected: tuple[str, ...] = ()
+    duration_ms: int | None = None
+    exit_code: int | None = None
+    peak_memory_mb: int | None = None
+    tree: Path | None = None
+    manifest: str | None = None
+    log: tuple[Said, ...] = ()
+
+
 class Transformed(Outcome, frozen=True, kw_only=True):
-    """Every plugin that the template lists has run."""
+    """Every plugin of the session is through."""
 
 
 class Asked(Outcome, frozen=True, kw_only=True):
@@ -86,6 +121,7 @@ class Asked(Outcome, frozen=True, kw_only=True):
     file: str | None
     reason: str
     fields: tuple[msgspec.Raw, ...]
+    log: tuple[Said, ...] = ()
 
 
 class Answered(Outcome, frozen=True, kw_only=True):
@@ -159,6 +195,7 @@ EDGES: dict[tuple[State, type[Outcome]], State] = {
     (State.PENDING, Begun): State.VALIDATING,
     (State.VALIDATING, Accepted): State.RENDERING,
     (State.RENDERING, Rendered): State.PLUGIN_PASS,
+    (State.PLUGIN_PASS, PluginRan): State.PLUGIN_PASS,
     (State.PLUGIN_PASS, Asked): State.INPUT_REQUIRED,
     (State.INPUT_REQUIRED, Answered): State.PLUGIN_PASS,
     (State.PLUGIN_PASS, Transformed): State.CACHE_WRITE,

@@ -6,6 +6,7 @@ commit, is the store's.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +15,16 @@ from sqlalchemy import Connection, Select, and_, insert, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from app import database
-from app.database import audit, copy_jobs, idempotency_keys, log_lines, prompts, sessions, snapshots
+from app.database import (
+    audit,
+    copy_jobs,
+    idempotency_keys,
+    log_lines,
+    plugin_runs,
+    prompts,
+    sessions,
+    snapshots,
+)
 from app.errors import (
     IdempotencyKeyReused,
     PromptNotOpen,
@@ -205,10 +215,16 @@ def _write_columns(tx: Transaction, session_id: str, outcome: Outcome, *, moves:
             }
         case lifecycle.Rendered():
             values |= {"tree": str(outcome.tree), "rendered": _json(outcome.rendered)}
-            _snapshot(tx, session_id, outcome)
-            _log(tx, session_id, "render", outcome.log)
+            values |= {"answers": _json(outcome.answers)}
+            _snapshot(tx, session_id, outcome.tree, outcome.manifest)
+            _log(tx, session_id, "render", [("info", line) for line in outcome.log])
+        case lifecycle.PluginRan():
+            values |= {"step_deaths": 0, "blocked_on": None}
+            values |= {"tree": str(outcome.tree)} if outcome.tree else {}
+            _plugin_ran(tx, session_id, outcome)
         case lifecycle.Asked():
             values |= {"driven": 0, "alone": 0}
+            _log(tx, session_id, outcome.plugin, [(said.level, said.text) for said in outcome.log])
         case lifecycle.Answered():
             _keep_answer(tx, outcome)
             values |= {"driven": 1}
@@ -229,13 +245,30 @@ def _write_columns(tx: Transaction, session_id: str, outcome: Outcome, *, moves:
         write_row(tx.db, session_id, values)
 
 
-def _snapshot(tx: Transaction, session_id: str, rendered: lifecycle.Rendered) -> None:
+def _plugin_ran(tx: Transaction, session_id: str, ran: lifecycle.PluginRan) -> None:
+    told = "ordinal plugin version status message duration_ms exit_code peak_memory_mb"
+    row = {name: getattr(ran, name) for name in told.split()}
+    row |= {"session_id": session_id, "files_affected": _json(ran.files_affected), "ended_at": tx.now}
+    tx.db.execute(insert(plugin_runs), row)
+    _log(tx, session_id, ran.plugin, [(said.level, said.text) for said in ran.log])
+    if ran.tree is not None:
+        _snapshot(tx, session_id, ran.tree, ran.manifest, plugin=ran)
+
+
+def _snapshot(
+    tx: Transaction,
+    session_id: str,
+    tree: Path,
+    manifest: str | None,
+    plugin: lifecycle.PluginRan | None = None,
+) -> None:
     row = {
         "session_id": session_id,
-        "ordinal": 0,
-        "step": "rendering",
-        "tree": str(rendered.tree),
-        "manifest": rendered.manifest,
+        "ordinal": plugin.ordinal if plugin else 0,
+        "step": "plugin_pass" if plugin else "rendering",
+        "plugin": plugin.plugin if plugin else None,
+        "tree": str(tree),
+        "manifest": manifest,
         "taken_at": tx.now,
     }
     tx.db.execute(
@@ -245,10 +278,10 @@ def _snapshot(tx: Transaction, session_id: str, rendered: lifecycle.Rendered) ->
     )
 
 
-def _log(tx: Transaction, session_id: str, source: str, lines: tuple[str, ...]) -> None:
+def _log(tx: Transaction, session_id: str, source: str, lines: Sequence[tuple[str, str]]) -> None:
     rows = [
-        {"session_id": session_id, "at": tx.now, "source": source, "level": "info", "text": line}
-        for line in lines
+        {"session_id": session_id, "at": tx.now, "source": source, "level": level, "text": text}
+        for level, text in lines
     ]
     if rows:
         tx.db.execute(insert(log_lines), rows)

@@ -11,17 +11,16 @@ import errno
 import getpass
 import itertools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 import structlog
 
 from app import disk
 from app.errors import BlockedOn, Failure, StoreUnavailable, blocked_by
-from app.sessions import requests
+from app.sessions import requests, telling
 from app.sessions.events import timestamp
 from app.sessions.lifecycle import (
     Accepted,
@@ -32,7 +31,6 @@ from app.sessions.lifecycle import (
     Documented,
     Failed,
     Outcome,
-    Progressed,
     Published,
     Rendered,
     State,
@@ -40,19 +38,17 @@ from app.sessions.lifecycle import (
     Warned,
 )
 from app.sessions.moves import DestinationHeld, Moved
-from app.sessions.session import Session
+from app.sessions.pinned import Pinned, encoded, pinned_by
+from app.sessions.plugin_pass import PluginPass
+from app.sessions.session import AnsweredPrompt, PluginRun, Session
 from app.sessions.store import Store
-from app.settings import ConfigFile, Equipment, Settings, Validator
+from app.sessions.work import known, thread
+from app.settings import ConfigFile, Settings, Validator
 from app.steps import check, gate, pinning, provenance, publish, render
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-P = ParamSpec("P")
 Step = Callable[[Session], Awaitable[tuple[Outcome, ...] | Failure]]
-
-README_ASIDE = "README.rendered.md"
-"""Beside the tree: the README that the template rendered, from which ours can be written again and again."""
 
 SHOWN = 100
 """Findings and warnings that a result carries; it tells the number of all."""
@@ -67,31 +63,15 @@ _WITH_TREE = (State.PLUGIN_PASS, State.CACHE_WRITE, State.POST_VALIDATE, State.S
 RETRY_SECONDS = (1, 2, 4, 8, 10)
 
 
-class Pinned(msgspec.Struct, frozen=True, kw_only=True):
-    """What a session works with from the gate on, whatever becomes of config and template meanwhile."""
-
-    label: str
-    operator: str
-    objective: str
-    equipment: Equipment
-    template: str
-    template_version: str
-    template_path: Path
-    run_scope: str | None
-    plugins: tuple[str, ...]
-    readme: gate.ReadmeValues
-    answers: dict[str, object]
-    lims_project: dict[str, object]
-    nas_path: str
-    rules: Validator
-
-
 class Pipeline:
     """Drives sessions of one store, one step after the other."""
 
-    def __init__(self, store: Store, renderer: render.Renderer, config: ConfigFile) -> None:
+    def __init__(
+        self, store: Store, renderer: render.Renderer, plugins: PluginPass, config: ConfigFile
+    ) -> None:
         self._store = store
         self._renderer = renderer
+        self._plugins = plugins
         self._config = config
         self._choosing_second = asyncio.Lock()
         self._chosen: dict[str, str] = {}
@@ -100,7 +80,7 @@ class Pipeline:
             State.PENDING: self._begin,
             State.VALIDATING: self._validate,
             State.RENDERING: self._render,
-            State.PLUGIN_PASS: self._transform,
+            State.PLUGIN_PASS: plugins.step,
             State.CACHE_WRITE: self._document,
             State.POST_VALIDATE: self._check,
             State.SYNC_QUEUED: self._publish,
@@ -119,20 +99,25 @@ class Pipeline:
             unverified = unverified and session.blocked_on is not None
             yield session
 
+    async def learn(self, session_id: str, body: requests.ResumeBody) -> None:
+        """Keep for the plugin what the store does not keep of an answer."""
+        await self._plugins.learn(session_id, body)
+
     async def fail(self, session: Session, failure: Failure) -> Session:
         """End `session` without its folder; what it had built is kept aside, and `failure` says where.
 
         The files are cleared after the commit: a step that is done again after a crash must find what it
         found before. What a crash leaves of the clearing is for the sweep.
         """
+        self._plugins.forget(session.session_id)
         folder = self._folder(session)
-        kept = session.tree if await _thread(_may_be_there, session.tree) else None
+        kept = session.tree if await thread(_may_be_there, session.tree) else None
         if kept is not None:
             details = (failure.details or {}) | {"partial_path": str(kept)}
             failure = msgspec.structs.replace(failure, details=details)
         failed = await self.record(session, Failed(error=failure))
         try:
-            await _thread(_clear, folder, kept)
+            await thread(_clear, folder, kept)
         except OSError as error:
             log.warning(
                 "What a failed session left is cleared later.", session_id=session.session_id, why=str(error)
@@ -142,11 +127,12 @@ class Pipeline:
     async def abort(self, session: Session, stopped: tuple[str, ...]) -> Session:
         """End a session whose cancel is recorded and whose work has stopped, with a receipt."""
         self._chosen.pop(session.session_id, None)
+        self._plugins.forget(session.session_id)
         discard = session.cancel is not None and session.cancel.discard_files
         receipt: dict[str, object] = {"discard_files": discard, "stopped": stopped}
-        folder = self._folder(session)
+        folder = self._folder(session) if await self._may_have_files(session) else None
         try:
-            kept = await _thread(_put_aside, session, folder, discard)
+            kept = await thread(_put_aside, session, folder, discard)
             receipt |= {"discarded": kept is None, "partial_path": str(kept) if kept else None}
         except OSError as obstacle:
             # The data root is away, and the operator is told now. What was to be discarded goes with the
@@ -219,11 +205,11 @@ class Pipeline:
 
     async def _lost(self, session: Session) -> Failure | None:
         """Why a session that is taken up with a tree cannot go on with it; None if it can."""
-        tree = _known(session.tree)
-        if session.state is State.SYNC_QUEUED and not await _thread(os.path.lexists, tree):
+        tree = known(session.tree)
+        if session.state is State.SYNC_QUEUED and not await thread(os.path.lexists, tree):
             return None  # perhaps published already: that is for the step to find out
         digest = await self._store.manifest(session.session_id)
-        if await _thread(publish.verify, tree, digest, owned=provenance.OWNED):
+        if await thread(publish.verify, tree, digest, owned=provenance.OWNED):
             return None
         return Failure(
             code="staging_lost", message="The files that this session had built are not as it left them."
@@ -245,14 +231,14 @@ class Pipeline:
             raise BlockedOn("setup_incomplete", "the config names no data root any more")
         await self._found(root)
         folder = publish.session_folder(root, session.session_id)
-        await _thread(_clear, folder, None)
+        await thread(_clear, folder, None)
         passed = await self._passed(session, settings, folder)
         if isinstance(passed, Failure):
             return passed
-        refused = await _thread(pinning.pin, passed.template.path, folder / "template")
+        refused = await thread(pinning.pin, passed.template.path, folder / "template")
         if refused is not None:
             return refused
-        return await _thread(_acceptance, session, passed, settings.validator, root)
+        return await thread(_acceptance, session, passed, settings.validator, root)
 
     async def _passed(self, session: Session, settings: Settings, folder: Path) -> gate.Passed | Failure:
         inputs = _inputs(session.request)
@@ -271,7 +257,7 @@ class Pipeline:
     async def _examined(
         self, session: Session, inputs: gate.Inputs, settings: Settings, folder: Path, held: frozenset[str]
     ) -> gate.Passed | Failure:
-        passed = await _thread(
+        passed = await thread(
             gate.examine, inputs, settings, now=datetime.now(UTC), session_folder=folder, held=held
         )
         if isinstance(passed, Failure):
@@ -286,21 +272,21 @@ class Pipeline:
     async def _found(self, root: Path) -> None:
         """Tell a new data root from one that is not mounted: that has lost its mark."""
         known = root in self._founded or await self._store.knows_root(root)
-        present = await _thread(publish.root_present, root)
+        present = await thread(publish.root_present, root)
         if known and not present:
             raise BlockedOn(
                 "not_mounted", f"the data root is not mounted: {root} has no {publish.STAGING} folder"
             )
         if not present:
-            await _thread(publish.found_root, root)
+            await thread(publish.found_root, root)
         if not known:
             await self._store.note_root(root)
         self._founded.add(root)
 
     async def _render(self, session: Session) -> tuple[Outcome, ...] | Failure:
-        pinned, destination = _pinned(session), _known(session.destination)
-        folder = publish.session_folder(_known(session.local_root), session.session_id)
-        tree = await _thread(publish.prepare, folder, destination)
+        pinned, destination = pinned_by(session), known(session.destination)
+        folder = publish.session_folder(known(session.local_root), session.session_id)
+        tree = await thread(publish.prepare, folder, destination)
         job = render.Job(
             template=folder / "template",
             source=pinned.template_path,
@@ -308,50 +294,32 @@ class Pipeline:
             destination=destination,
             answers=pinned.answers,
         )
-        rendered = await self._rendering(session, job)
+        async with telling.progress(self._store, session) as progress:
+            rendered = await self._renderer.render(job, progress)
         if isinstance(rendered, Failure):
             return rendered
-        if (obstacle := await _thread(provenance.in_the_way, tree)) is not None:
+        if (obstacle := await thread(provenance.in_the_way, tree)) is not None:
             message = f"The template makes a folder {obstacle}, where a file of ours has to be."
             return Failure(code="render_failed", message=message)
-        manifest = await _thread(_seal, tree)
-        outcome = Rendered(tree=tree, manifest=manifest, rendered=rendered.files, log=rendered.log)
+        manifest = await thread(_seal, tree)
+        outcome = Rendered(
+            tree=tree,
+            manifest=manifest,
+            rendered=rendered.files,
+            answers=pinned.answers | rendered.answers,
+            log=rendered.log,
+        )
         # Without plugins nothing happens between the two moves, so they share a transaction.
         return (outcome,) if pinned.plugins else (outcome, Transformed())
 
-    async def _rendering(self, session: Session, job: render.Job) -> render.Rendered | Failure:
-        telling: list[asyncio.Task[None]] = []
-
-        def progress(current: int, total: int, file: str) -> None:
-            told = Progressed(current=current, total=total, file=file)
-            telling.append(asyncio.create_task(self._tell(session, told)))
-
-        try:
-            return await self._renderer.render(job, progress)
-        finally:
-            await asyncio.gather(*telling)
-
-    async def _tell(self, session: Session, progressed: Progressed) -> None:
-        try:
-            await self._store.record(session, progressed)
-        except (Moved, StoreUnavailable) as missed:
-            log.debug("A progress was not told.", session_id=session.session_id, why=str(missed))
-
-    async def _transform(self, session: Session) -> tuple[Outcome, ...] | Failure:
-        plugins = _pinned(session).plugins
-        if not plugins:
-            return (Transformed(),)
-        return Failure(
-            code="plugin_host_unavailable",
-            message=f"The template lists plugins ({', '.join(plugins)}), which this release does not run.",
-        )
-
     async def _document(self, session: Session) -> tuple[Outcome, ...]:
-        await _thread(_write_provenance, session, _pinned(session))
+        runs = await self._store.plugin_runs(session.session_id)
+        answered = await self._store.answered(session.session_id)
+        await thread(_write_provenance, session, pinned_by(session), runs, answered)
         return (Documented(),)
 
     async def _check(self, session: Session) -> tuple[Outcome, ...]:
-        findings = await _thread(_examine, session, _pinned(session))
+        findings = await thread(_examine, session, pinned_by(session))
         checked = Checked(findings=tuple(msgspec.to_builtins(finding) for finding in findings))
         if not findings:
             return (checked,)
@@ -359,12 +327,12 @@ class Pipeline:
         return (Warned(code="blocked_by_validation", message=message), checked)
 
     async def _publish(self, session: Session) -> tuple[Outcome, ...] | Failure:
-        pinned, destination = _pinned(session), _known(session.destination)
-        refused = await _thread(publish.publish, _known(session.tree), destination, session.session_id)
+        pinned, destination = pinned_by(session), known(session.destination)
+        refused = await thread(publish.publish, known(session.tree), destination, session.session_id)
         if refused is not None:
             return refused
         # From here on nothing may fail the session: its folder is there.
-        cautions = await _thread(_tidy_up, session, pinned)
+        cautions = await thread(_tidy_up, session, pinned)
         warnings = await self._store.warnings(session.session_id, SHOWN)
         warnings += [{"code": caution.code, "message": caution.message} for caution in cautions]
         result: dict[str, object] = {
@@ -376,6 +344,16 @@ class Pipeline:
             "warnings": _fitting(warnings),
         }
         return (*cautions, Published(result=result, nas_path=pinned.nas_path))
+
+    async def _may_have_files(self, session: Session) -> bool:
+        """Not one whose gate was not passed, below a root in which no session has begun yet."""
+        root = self._config.current.paths.local_root
+        if session.local_root is not None or root is None or root in self._founded:
+            return True
+        try:
+            return await self._store.knows_root(root)
+        except StoreUnavailable:
+            return True
 
     def _folder(self, session: Session) -> Path | None:
         root = session.local_root or self._config.current.paths.local_root
@@ -400,7 +378,9 @@ def _acceptance(session: Session, passed: gate.Passed, rules: Validator, root: P
         template_version=passed.template.version,
         template_path=passed.template.path,
         run_scope=passed.template.run_scope,
-        plugins=passed.template.plugins,
+        answers_file=passed.template.answers_file,
+        plugins=passed.plugins,
+        plugins_fatal=passed.template.plugins_fatal,
         readme=passed.readme,
         answers=passed.answers,
         lims_project=lims,
@@ -413,33 +393,26 @@ def _acceptance(session: Session, passed: gate.Passed, rules: Validator, root: P
         project_key=passed.project_key,
         project_short_id=passed.project_short_id,
         local_root=root,
-        pinned=msgspec.Raw(msgspec.json.encode(pinned, enc_hook=str)),
+        pinned=encoded(pinned),
     )
     return (accepted, *(Warned(code=caution.code, message=caution.message) for caution in passed.warnings))
-
-
-def _pinned(session: Session) -> Pinned:
-    pinned: Pinned = msgspec.json.decode(_known(session.pinned), type=Pinned, dec_hook=_as_path)
-    return pinned
-
-
-def _as_path(kind: type, value: Any) -> Any:
-    return Path(value) if kind is Path else value
 
 
 def _seal(tree: Path) -> str:
     """Put the rendered README aside, and bring the tree and its manifest to the disk."""
     readme = tree / "README.md"
     if readme.is_file() and not readme.is_symlink():
-        disk.write_whole(tree.parent / README_ASIDE, readme.read_bytes())
+        disk.write_whole(tree.parent / provenance.ASIDE, readme.read_bytes())
     digest = publish.seal(tree, owned=provenance.OWNED)
     publish.sync_tree(tree)
     return digest
 
 
-def _write_provenance(session: Session, pinned: Pinned) -> None:
-    tree = _known(session.tree)
-    aside = tree.parent / README_ASIDE
+def _write_provenance(
+    session: Session, pinned: Pinned, runs: Sequence[PluginRun], answered: Sequence[AnsweredPrompt]
+) -> None:
+    tree = known(session.tree)
+    aside = tree.parent / provenance.ASIDE
     facts = provenance.Facts(
         session_id=session.session_id,
         kind=session.kind,
@@ -450,7 +423,7 @@ def _write_provenance(session: Session, pinned: Pinned) -> None:
         operator=pinned.operator,
         objective=pinned.objective,
         equipment=pinned.equipment,
-        project_short_id=_known(session.project_short_id),
+        project_short_id=known(session.project_short_id),
         lims_project=pinned.lims_project,
         template_name=pinned.template,
         template_version=pinned.template_version,
@@ -460,23 +433,46 @@ def _write_provenance(session: Session, pinned: Pinned) -> None:
         template_fields=pinned.readme.template_fields,
         config_fields=pinned.readme.config_fields,
         custom_fields=pinned.readme.custom_fields,
-        destination=_known(session.destination),
+        destination=known(session.destination),
         nas_path=pinned.nas_path,
+        plugins_applied=[_applied(run) for run in runs if run.version is not None],
+        plugin_inputs=[entry for prompt in answered for entry in _inputs_of(prompt)],
         rendered_readme=aside.read_text(encoding="utf-8", errors="replace") if aside.exists() else None,
     )
     provenance.write(tree, facts)
 
 
+def _applied(run: PluginRun) -> dict[str, object]:
+    """An entry of creation.json; what did not run has used nothing up."""
+    entry: dict[str, object] = {
+        "plugin": run.plugin,
+        "version": run.version,
+        "files_affected": run.files_affected,
+        "status": run.status,
+    }
+    used = {name: getattr(run, name) for name in ("duration_ms", "exit_code", "peak_memory_mb")}
+    return entry if run.duration_ms is None else entry | {"isolation": used}
+
+
+def _inputs_of(prompt: AnsweredPrompt) -> Iterator[dict[str, object]]:
+    for field in prompt.fields:
+        if field.secret or field.id in prompt.answer:
+            entry: dict[str, object] = {"plugin": prompt.plugin, "file": prompt.file, "field": field.id}
+            entry |= {"value": prompt.answer.get(field.id), "operator": prompt.operator}
+            told = {key: value for key, value in entry.items() if value is not None}
+            yield told | {"at": prompt.answered_at}
+
+
 def _examine(session: Session, pinned: Pinned) -> tuple[check.Finding, ...]:
-    tree = _known(session.tree)
+    tree = known(session.tree)
     findings: tuple[check.Finding, ...] = check.check(
         tree,
         rendered=frozenset(session.rendered),
         # Wider than the tree: the pinned template lies beside it.
-        staging=publish.session_folder(_known(session.local_root), session.session_id),
+        staging=publish.session_folder(known(session.local_root), session.session_id),
         kind=session.kind,
         run_kind=session.run_kind,
-        destination=_known(session.destination),
+        destination=known(session.destination),
         rules=pinned.rules,
     )
     if findings:
@@ -499,7 +495,7 @@ def _account() -> str:
 def _tidy_up(session: Session, pinned: Pinned) -> tuple[Warned, ...]:
     """What comes after the publishing; what of it cannot be done is a warning, and for the sweep."""
     cautions: list[Warned] = []
-    equipment = _known(session.local_root) / pinned.equipment.id
+    equipment = known(session.local_root) / pinned.equipment.id
     try:
         provenance.write_equipment(equipment, pinned.equipment, datetime.now(UTC))
     except (OSError, provenance.Unreadable) as error:
@@ -507,7 +503,7 @@ def _tidy_up(session: Session, pinned: Pinned) -> tuple[Warned, ...]:
             Warned(code="equipment_not_noted", message=f"equipment.json was not written: {error}")
         )
     try:
-        _clear(publish.session_folder(_known(session.local_root), session.session_id), None)
+        _clear(publish.session_folder(known(session.local_root), session.session_id), None)
     except OSError as error:
         cautions.append(Warned(code="staging_left", message=f"the staging folder is cleared later: {error}"))
     return tuple(cautions)
@@ -547,20 +543,6 @@ def _clear(folder: Path | None, tree: Path | None) -> Path | None:
     return publish.keep(folder, tree)
 
 
-async def _thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Do `work` in a thread. A thread cannot be stopped, so a cancellation goes on when it has ended."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():
-            try:
-                await asyncio.wait({running})
-            except asyncio.CancelledError:
-                continue
-        raise
-
-
 def _internal(session: Session) -> Failure:
     """Called while an exception is handled: the log tells all, the session nothing of the inside."""
     log.exception("A step failed unforeseen.", session_id=session.session_id, state=session.state)
@@ -569,9 +551,3 @@ def _internal(session: Session) -> Failure:
         message="An internal error ended this session; the log of the service tells more.",
         details={"trace_id": session.trace_id},
     )
-
-
-def _known(value: T | None) -> T:
-    """What the store guarantees a session in this state to have."""
-    assert value is not None
-    return value

@@ -4,6 +4,7 @@ An answer is judged inside the transaction that takes it, so that judging takes 
 plugin asks for: patterns are RE2's, which are matched in linear time.
 """
 
+import msgspec
 import re2  # type: ignore[import-untyped]
 
 from app.errors import InputInvalid
@@ -49,12 +50,26 @@ def accepted(fields: tuple[PromptField, ...], values: dict[str, object]) -> dict
             if field.required:
                 raise InputInvalid(f"{field.label}: a value is required", field=field.id)
             continue
-        complaint = known.misfit(field, value) or _out_of_bounds(field, value)
+        complaint = _complaint(field, value)
         if complaint is not None:
             raise InputInvalid(f"{field.label}: {complaint}", field=field.id)
         if not field.secret:
             kept[field.id] = value
     return kept
+
+
+def fitting_defaults(fields: tuple[PromptField, ...], values: dict[str, object]) -> tuple[PromptField, ...]:
+    """The fields with those of `values` for their defaults that fit; nothing is offered for a secret."""
+    return tuple(
+        msgspec.structs.replace(field, default=values[field.id])
+        if field.id in values and not field.secret and _complaint(field, values[field.id]) is None
+        else field
+        for field in fields
+    )
+
+
+def _complaint(field: PromptField, value: object) -> str | None:
+    return known.misfit(field, value) or _out_of_bounds(field, value)
 
 
 def _out_of_bounds(field: PromptField, value: object) -> str | None:

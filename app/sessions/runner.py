@@ -94,6 +94,20 @@ class Runner:
         except TimeoutError:
             return await self._store.get(session.session_id)
 
+    async def answer(self, session_id: str, body: requests.ResumeBody, caller: Caller) -> Session:
+        """Take an operator's answer, and drive the session on; it comes back as it was committed.
+
+        Who asked may go away meanwhile: what was committed is driven on all the same.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._take(session_id, body, caller)))
+
+    async def _take(self, session_id: str, body: requests.ResumeBody, caller: Caller) -> Session:
+        session = await self._store.answer(session_id, body, caller)
+        if session.state is State.PLUGIN_PASS:
+            await self._pipeline.learn(session_id, body)
+            self.wake(session_id)
+        return session
+
     def wake(self, session_id: str) -> None:
         """Drive a session on that its operator has answered."""
         self._housekeep(self._drive_on(session_id))

@@ -12,7 +12,7 @@ import structlog
 
 from app.errors import Failure
 from app.sessions import requests
-from app.sessions.lifecycle import TERMINAL, State
+from app.sessions.lifecycle import TERMINAL, PluginStatus, State
 from app.sessions.prompts import PromptField
 
 log = structlog.get_logger()
@@ -26,6 +26,28 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     file: str | None
     reason: str
     fields: tuple[PromptField, ...]
+
+
+class AnsweredPrompt(Prompt, frozen=True, kw_only=True):
+    """A question that is settled; `answer` has no value of a secret field."""
+
+    answer: dict[str, object]
+    operator: str | None
+    answered_at: str
+
+
+class PluginRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the `ordinal`-th plugin of a session; `version` None for one that was not there."""
+
+    ordinal: int
+    plugin: str
+    version: str | None
+    status: PluginStatus
+    message: str | None
+    files_affected: tuple[str, ...]
+    duration_ms: int | None
+    exit_code: int | None
+    peak_memory_mb: int | None
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +80,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     driven: bool
     tree: Path | None
     rendered: tuple[str, ...]
+    answers: dict[str, object] | None
     blocked_on: dict[str, object] | None
     cancel: Cancel | None
     partial_path: Path | None
@@ -142,6 +165,7 @@ def session_of(row: Any) -> Session:
         driven=bool(row.driven),
         tree=_path(row.tree),
         rendered=_read(row.rendered, tuple[str, ...]) or (),
+        answers=_read(row.answers, dict[str, object]),
         blocked_on=_read(row.blocked_on, dict[str, object]),
         cancel=_read(row.cancel, Cancel),
         partial_path=_path(row.partial_path),
@@ -159,6 +183,21 @@ def _prompt(row: Any) -> Prompt | None:
         return None
     fields = msgspec.json.decode(row.fields, type=tuple[PromptField, ...])
     return Prompt(**columns(row, "prompt_id plugin file reason"), fields=fields)
+
+
+def answered_prompt_of(row: Any) -> AnsweredPrompt:
+    return AnsweredPrompt(
+        **columns(row, "prompt_id plugin file reason operator answered_at"),
+        fields=msgspec.json.decode(row.fields, type=tuple[PromptField, ...]),
+        answer=_read(row.answer, dict[str, object]) or {},
+    )
+
+
+def plugin_run_of(row: Any) -> PluginRun:
+    return PluginRun(
+        **columns(row, "ordinal plugin version status message duration_ms exit_code peak_memory_mb"),
+        files_affected=_read(row.files_affected, tuple[str, ...]),
+    )
 
 
 def columns(row: Any, names: str) -> dict[str, Any]:

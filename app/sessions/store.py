@@ -19,20 +19,24 @@ import structlog
 from sqlalchemy import Connection, and_, func, literal, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from app import database
-from app.database import log_lines, prompts, sessions, snapshots, store_facts
+from app import connections, database
+from app.database import log_lines, plugin_runs, prompts, sessions, snapshots, store_facts
 from app.errors import CursorAhead, SessionNotFound, SessionNotRetryable, StoreBroken
 from app.sessions import events, moves, requests
 from app.sessions.lifecycle import LIVE, Outcome, State
 from app.sessions.moves import Transaction, holders, whole
 from app.sessions.session import (
+    AnsweredPrompt,
     Caller,
     Frame,
     LogLine,
+    PluginRun,
     Query,
     Session,
+    answered_prompt_of,
     columns,
     frame_of,
+    plugin_run_of,
     session_of,
     sessions_of,
 )
@@ -71,8 +75,8 @@ class Store:
         """Take the lock, bring the schema up to date, and start the writer."""
         opened = await asyncio.to_thread(self._prepare)
         self._loop = asyncio.get_running_loop()
-        self._readers = database.Readers(self.path)
-        self._writer = database.Writer(self.path, on_broken=self._on_broken)
+        self._readers = connections.Readers(self.path)
+        self._writer = connections.Writer(self.path, on_broken=self._on_broken)
         self._writer.start()
         self.epoch, self.revision = opened.epoch, opened.revision
         [[row]] = await self._readers.all(select(func.coalesce(func.max(database.events.c.position), 0)))
@@ -242,6 +246,20 @@ class Store:
         own = select(snapshots.c.manifest).where(snapshots.c.session_id == session_id)
         [rows] = await self._readers.all(own.order_by(snapshots.c.ordinal.desc()).limit(1))
         return str(rows[0].manifest)
+
+    async def plugin_runs(self, session_id: str) -> list[PluginRun]:
+        """What became of the session's plugins that are through, in the order in which they ran."""
+        own = select(plugin_runs).where(plugin_runs.c.session_id == session_id)
+        [rows] = await self._readers.all(own.order_by(plugin_runs.c.ordinal))
+        return [plugin_run_of(row) for row in rows]
+
+    async def answered(self, session_id: str) -> list[AnsweredPrompt]:
+        """The questions of the session that were answered, in the order in which they were asked."""
+        own = and_(prompts.c.session_id == session_id, prompts.c.status == "answered")
+        [rows] = await self._readers.all(
+            select(prompts).where(own).order_by(prompts.c.asked_at, prompts.c.answered_at)
+        )
+        return [answered_prompt_of(row) for row in rows]
 
     async def warnings(self, session_id: str, limit: int) -> list[dict[str, object]]:
         """What the history warns of, as the result of the session tells it."""

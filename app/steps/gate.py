@@ -3,7 +3,7 @@
 Looks, and writes nothing. Every value that a client can send ends in `Passed` or in a `Failure` that names the
 field; no value leads to an exception or to a destination outside the data root. Only the file system's own
 errors leave as OSError, for whoever can wait for them. Whether a live session holds the destination is left to
-the store, what only Jinja can tell to `render`, and what plugins ask for to them.
+the store, what only Jinja can tell to `render`, and whether a plugin likes its variables to the plugin.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ from app.errors import Failure
 from app.settings import Equipment, Field, Settings
 from app.steps import fields, pinning, templates
 from app.steps.pinning import Entry
+from app.steps.plugins import registry
 from app.steps.templates import Template, encodable, shown
 
 _EQUIPMENT_ID = re.compile("[A-Z][A-Z0-9_]{0,31}")
@@ -85,6 +86,13 @@ class Caution(msgspec.Struct, frozen=True):
     message: str
 
 
+class Planned(msgspec.Struct, frozen=True):
+    """A plugin that will run, as it is now; `version` None where it is not there."""
+
+    name: str
+    version: str | None
+
+
 class Passed(msgspec.Struct, frozen=True, kw_only=True):
     """Inputs that are good. The keys are equal for paths that some file system takes for the same.
 
@@ -104,6 +112,7 @@ class Passed(msgspec.Struct, frozen=True, kw_only=True):
     objective: str
     readme: ReadmeValues
     answers: dict[str, object]
+    plugins: tuple[Planned, ...]
     warnings: tuple[Caution, ...]
 
 
@@ -128,7 +137,7 @@ def examine(
     """Check everything, in this order; the first thing that is wrong is the answer.
 
     1. the equipment  2. the project's id  3. label, objective, operator  4. the template  5. the README fields
-    6. the variables  7. the destination  8. its longest path  9. the room on the disk
+    6. the variables, also those of plugins  7. the destination  8. its longest path  9. the room on the disk
 
     Without a `run_date` a run gets the second of `now`, or the next one whose folder is neither there nor among
     the destination keys that are `held`. `now` has a time zone.
@@ -153,6 +162,7 @@ def _examine(
     project = root / equipment.id / project_id
     answers = _answers(inputs, {"label": label, "objective": objective, "operator": operator}, project_id)
     _check_variables(inputs, template, answers)
+    plugins = tuple(_plugins(template, settings, answers))
     run_at, destination = _destination(inputs, root, project, now, held)
     answers.setdefault("destination", str(destination))
     _check_lengths(template, entries, answers, root, destination, session_folder)
@@ -170,6 +180,7 @@ def _examine(
         objective=objective,
         readme=readme,
         answers=answers,
+        plugins=plugins,
         warnings=tuple(_cautions(template)),
     )
 
@@ -400,6 +411,26 @@ def _check_variables(inputs: Inputs, template: Template, answers: dict[str, obje
                 raise _Refused("validation_failed", message, name)
         elif question.required and question.name != "destination":
             raise _Refused("validation_failed", f"the template asks for {question.name}", name)
+
+
+def _plugins(template: Template, settings: Settings, answers: dict[str, object]) -> Iterator[Planned]:
+    """Those that the template lists, in its order, then the others where the config has them run."""
+    found = registry.catalogue(settings.paths.plugin_dir, allow_network=settings.plugins.allow_network)
+    others = [plugin.name for plugin in found.plugins if plugin.name not in template.plugins]
+    for name in (*template.plugins, *(others if settings.plugins.run_unlisted else ())):
+        plugin = found.named(name)
+        if plugin is not None:
+            _check_wants(plugin, template, answers)
+        yield Planned(name, plugin.version if plugin else None)
+
+
+def _check_wants(plugin: registry.Manifest, template: Template, answers: dict[str, object]) -> None:
+    """What the template asks for is there when it is rendered; the plugin itself says whether it will do."""
+    asked = {question.name for question in template.questions}
+    for name in plugin.required_variables:
+        if name not in asked and name != "destination" and _is_blank(answers.get(name)):
+            message = f"the plugin {plugin.name} needs the variable {name}"
+            raise _Refused("plugin_variable_validation_failed", message, f"variables.{name}")
 
 
 def _destination(

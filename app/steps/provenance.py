@@ -25,6 +25,9 @@ README = Path("README.md")
 OWNED = frozenset({FOLDER, README.name, disk.temporary(README).name})
 """What `write` makes at the top of a tree, also what it may leave there when it dies."""
 
+ASIDE = "README.rendered.md"
+"""Beside a tree: the README that the template rendered, from which ours can be written again and again."""
+
 CREATION_SCHEMA = "1.9"
 README_SCHEMA = "1.1"
 EQUIPMENT_SCHEMA = "1.0"

@@ -16,20 +16,20 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cached_property
 from io import StringIO
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
 
 from app.errors import BlockedOn, Failure, blocked_by
 from app.settings import Service
-from app.steps import confinement
+from app.steps import casting, confinement
 from app.steps.workers import NotStarted, Tell, Workers, serve
 
 if TYPE_CHECKING:
@@ -68,9 +68,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
-    """The files that Jinja wrote (not those that were copied), relative, with slashes; what was printed."""
+    """The files that Jinja wrote (not those that were copied), relative, with slashes; what was printed.
+
+    `answers` are the answers to the template's questions, also those that it gave itself.
+    """
 
     files: tuple[str, ...]
+    answers: dict[str, object]
     log: tuple[str, ...]
 
 
@@ -326,16 +330,16 @@ def _outcome(task: _Task, tell: Tell) -> _Outcome:
             job.tree.mkdir(exist_ok=True)
             confinement.limit(task.limits)
             confinement.enclose(readable=[job.template], writable=[job.tree])
-            files = _render(job, task.limits.file_mb, tell)
+            files, answers = _render(job, task.limits.file_mb, tell)
     except Exception as error:  # noqa: BLE001 - a template may break Copier in any way; it ends as a value
         passing = isinstance(error, OSError) and error.errno != errno.ENOMEM and blocked_by(error)
         if isinstance(error, OSError) and passing:
             return _Obstructed(error.errno or 0, error.strerror or "", error.filename and str(error.filename))
         return _Failed(_public(_reason(error, task), job), printed.lines(job))
-    return Rendered(files, printed.lines(job))
+    return Rendered(files, answers, printed.lines(job))
 
 
-def _render(job: Job, file_mb: int, tell: Tell) -> tuple[str, ...]:
+def _render(job: Job, file_mb: int, tell: Tell) -> tuple[tuple[str, ...], dict[str, object]]:
     from copier._main import Worker
     from copier._settings import SettingsModel
 
@@ -380,8 +384,20 @@ def _render(job: Job, file_mb: int, tell: Tell) -> tuple[str, ...]:
         # for a repository, nor asks git about every file, is because a worker has no PATH to find git.
         copier.template.local_abspath = job.template.resolve()
         copier.run_copy()
+        answers = _given(copier.answers.combined, copier.template.questions_data)
     _check_links(job.tree)
-    return tuple(progressing.by_jinja)
+    return tuple(progressing.by_jinja), answers
+
+
+def _given(combined: Mapping[str, Any], questions: Iterable[str]) -> dict[str, object]:
+    """The answers that JSON can hold; a template may compute others for itself."""
+    answers: dict[str, object] = {}
+    for name in set(questions).intersection(combined):
+        try:
+            answers[name] = casting.plain(combined[name])
+        except ValueError:
+            continue
+    return answers
 
 
 def _inherited_mode(tree: Path) -> int | None:

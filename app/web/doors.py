@@ -14,11 +14,11 @@ from app.sessions.store import Store
 from app.settings import ConfigFile
 from app.web import openapi
 from app.web.bodies import BodyCheck
-from app.web.catalogue import list_templates
+from app.web.catalogue import list_plugins, list_templates
 from app.web.errors import HANDLERS
 from app.web.events import Events
 from app.web.guard import Guard
-from app.web.health import Health
+from app.web.health import Health, Isolation
 from app.web.overview import overview
 from app.web.sessions import Sessions, operations
 from app.web.system import ready, report, setup_status
@@ -29,6 +29,7 @@ _ROUTES: list[ControllerRouterHandler] = [
     operations,
     overview,
     list_templates,
+    list_plugins,
     setup_status,
     report,
     ready,
@@ -44,7 +45,7 @@ def litestar(
     runner: Runner,
     feed: Feed,
     config: ConfigFile,
-    isolation: dict[str, str],
+    isolation: Callable[[], Isolation],
 ) -> Litestar:
     """The application. A server is given it `guarded`."""
     health = Health(store=store, runner=runner, feed=feed, config=config, isolation=isolation)

@@ -8,7 +8,7 @@ session; what does is told by the session itself.
 import asyncio
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,8 @@ LITTLE_ROOM = 1024**3
 
 Status = Literal["ok", "warn", "error"]
 Component = dict[str, object]
+Isolation = dict[str, dict[str, str]]
+"""By step: which confinement its processes have on this machine."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +46,13 @@ class Health:
     """The one that looks, for as long as the service runs."""
 
     def __init__(
-        self, *, store: Store, runner: Runner, feed: Feed, config: ConfigFile, isolation: dict[str, str]
+        self,
+        *,
+        store: Store,
+        runner: Runner,
+        feed: Feed,
+        config: ConfigFile,
+        isolation: Callable[[], Isolation],
     ) -> None:
         self._store = store
         self._runner = runner
@@ -59,7 +67,7 @@ class Health:
             "session_store": sessions | ({} if room["status"] == "ok" else room),
             "config": _config(self._config),
             "data_root": data_root,
-            "rendering": {"status": "ok", "isolation": self._isolation},
+            **{step: {"status": "ok", "isolation": told} for step, told in self._isolation().items()},
             "partial_trees": partial,
             "streams": {"status": "ok", "followers": self._feed.followers},
         }

@@ -251,9 +251,7 @@ class Sessions(Controller):
         await require_setup(config)
         if data.prompt_id is None and config.current.service.require_prompt_id:
             raise ValidationFailed("This service takes answers with their prompt_id only.", field="prompt_id")
-        session = await store.answer(session_id, data, caller)
-        runner.wake(session_id)
-        return shown(session, store.epoch)
+        return shown(await runner.answer(session_id, data, caller), store.epoch)
 
     @post(
         "/{session_id:str}/cancel",
