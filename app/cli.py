@@ -5,19 +5,20 @@ line. The exit code says how it went: 0 done, 1 failed, 2 wrong usage, 3 not fou
 session is, and what may be done with it, is the service's to say; nothing is checked here first.
 """
 
+import asyncio
 import functools
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import click
 import msgspec
@@ -195,8 +196,9 @@ def _nothing_more(_url: str) -> None:
 
 def _show_around(command: str, lab: Path, url: str) -> None:
     """Tell what can be done with the demo that is served at `url`."""
-    project, run = (
-        shlex.quote(str(lab / "examples" / name)) for name in ("project.json", "confocal_run.json")
+    project, run, asking = (
+        shlex.quote(str(lab / "examples" / name))
+        for name in ("project.json", "confocal_run.json", "stained_run.json")
     )
     _note(
         f"""
@@ -205,6 +207,7 @@ The demo laboratory is in {lab}; delete that folder when you have seen enough.
   The API, to try out    {url}/schema
   Open a project         {command} create --url {url} --follow {project}
   and a run in it        {command} create --url {url} --follow {run}
+  A plugin that asks     {command} create --url {url} --follow {asking}
   See what there is      {command} list --url {url}
   The same by HTTP       curl -s {url}/api/v1/sessions
 """
@@ -477,17 +480,206 @@ def check(config: Path | None, as_json: bool) -> None:
     # Here, so that the other commands do not wait for what only this one needs.
     from app import checkup
 
-    output = Output(as_json)
+    _complain(Output(as_json), checkup.examine(settings.ConfigFile(config)))
+
+
+def _complain(output: Output, subjects: Iterable[Any]) -> None:
+    """Show what was looked at, and exit with 1 if any of it is to be mended."""
     levels: set[str] = set()
-    for subject in checkup.examine(settings.ConfigFile(config)):
+    for subject in subjects:
         complaints = msgspec.to_builtins(subject.complaints)
         levels |= {complaint["level"] for complaint in complaints}
-        if as_json:
+        if output.as_json:
             output.say(json.dumps({"subject": subject.name} | complaint) for complaint in complaints)
         else:
             output.say(display.complaints(subject.name, subject.place, complaints, width=output.width))
     if "error" in levels:
         raise SystemExit(FAILED)
+
+
+@main.group()
+def plugins() -> None:
+    """For authors of plugins: look one over, try it out."""
+
+
+@main.group()
+def templates() -> None:
+    """For authors of templates: look one over."""
+
+
+_PATHS = click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+
+@plugins.command("lint")
+@_PATHS
+@_config(exists=True)
+@_JSON
+def lint_plugins(paths: tuple[Path, ...], config: Path | None, as_json: bool) -> None:
+    """Look for what is wrong with the plugins in the folders PATH.
+
+    With the manifest, the code, and how it loads; its files are not touched. Exits with 1 when something is
+    to be mended.
+    """
+    from app.authors import code
+
+    _linted(paths, config, as_json, code.look_over)
+
+
+@templates.command("lint")
+@_PATHS
+@_config(exists=True)
+@_JSON
+def lint_templates(paths: tuple[Path, ...], config: Path | None, as_json: bool) -> None:
+    """Look for what is wrong with the templates in the folders PATH.
+
+    With copier.yml, the Jinja in files and names, the plugins that are listed, and, where every question has a
+    default, with what is rendered. Exits with 1 when something is to be mended.
+    """
+    from app.authors import rendering
+
+    _linted(paths, config, as_json, rendering.look_over)
+
+
+def _linted(
+    paths: tuple[Path, ...],
+    config: Path | None,
+    as_json: bool,
+    lint: Callable[[Path, settings.Settings], Coroutine[Any, Any, Any]],
+) -> None:
+    for path in paths:
+        if not path.is_dir():
+            _not_found(as_json, f"{path} is no folder.")
+    now = settings.ConfigFile(config).current
+    _complain(Output(as_json), [asyncio.run(lint(path, now)) for path in paths])
+
+
+def _not_found(as_json: bool, message: str) -> NoReturn:
+    _refuse(as_json, {"code": "not_found", "message": message})
+    raise SystemExit(NOT_FOUND)
+
+
+@plugins.command("exec")
+@click.argument("plugin")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    required=True,
+    help="What it works on: a copy of this folder.",
+)
+@click.option(
+    "--input",
+    "inputs",
+    callback=_assigned,
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="The answer to a field that it asks for; may be given again.",
+)
+@click.option(
+    "--variable",
+    "variables",
+    callback=_assigned,
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="As label=test; a value is read as JSON where it is JSON. May be given again.",
+)
+@click.option("--dry-run", is_flag=True, help="Have it describe what it would do.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep the copy that it worked on as DIR, which must be new or empty.",
+)
+@_config(exists=True)
+@_JSON
+def execute_plugin(
+    plugin: str,
+    against: Path,
+    inputs: dict[str, str],
+    variables: dict[str, str],
+    dry_run: bool,
+    keep: Path | None,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """Run PLUGIN on a copy of a folder, as a session would, and show what it did.
+
+    PLUGIN is a folder, or a name in the plugin folder of the config. What the plugin asks for, --input answers,
+    or whoever sits at the terminal.
+    """
+    from app.authors import trial
+    from app.steps.plugins.host import Unavailable
+    from app.steps.plugins.registry import Problem
+
+    now = settings.ConfigFile(config).current
+    manifest = trial.find(plugin, now)
+    if isinstance(manifest, Problem):
+        if not manifest.path.exists():
+            _not_found(as_json, f"{manifest.path} {manifest.message}")
+        _refuse(as_json, {"code": "plugin_unusable", "message": f"{manifest.path} {manifest.message}"})
+        raise SystemExit(FAILED)
+    if not against.is_dir():
+        _not_found(as_json, f"{against} is no folder.")
+    if keep is not None and keep.exists() and any(keep.iterdir()):
+        raise click.BadParameter(f"{keep} is not empty", param_hint="--keep")
+    attempt = trial.Attempt(
+        manifest=manifest,
+        folder=against,
+        variables={name: _value(text) for name, text in variables.items()},
+        dry_run=dry_run,
+        keep=keep,
+    )
+    output = Output(as_json)
+    try:
+        told = asyncio.run(trial.execute(attempt, now, _Answering(manifest.name, inputs, output)))
+    except (Unavailable, OSError) as error:
+        _refuse(as_json, {"code": "plugin_host_unavailable", "message": str(error)})
+        raise SystemExit(FAILED) from error
+    shown = msgspec.to_builtins(told)
+    output.tell(shown, display.execution(shown, width=output.width))
+    if told.status not in ("success", "skipped"):
+        raise SystemExit(FAILED)
+
+
+class _Answering:
+    """Answers what a plugin asks: by --input, once for each file; then at the terminal, until it fits."""
+
+    def __init__(self, plugin: str, inputs: Mapping[str, str], output: Output) -> None:
+        self._plugin = plugin
+        self._inputs = inputs
+        self._output = output
+        self._used: set[tuple[str | None, str]] = set()
+
+    def __call__(self, question: Any) -> dict[str, object]:
+        fields = [(field, msgspec.to_builtins(field)) for field in question.fields]
+        asking = f"{self._plugin}, for {question.file}" if question.file else self._plugin
+        prompt = {"plugin": asking, "reason": question.reason, "fields": [told for _, told in fields]}
+        for line in display.asked(prompt, width=self._output.width):
+            _note(line)
+        values = {told["id"]: self._answer(field, told, question.file) for field, told in fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _answer(self, field: Any, told: Json, file: str | None) -> object:
+        from app.authors import trial
+        from app.errors import InputInvalid
+
+        while True:
+            text = self._text(told, file)
+            try:
+                return trial.fitting(field, _typed(told, text) if text else None)
+            except InputInvalid as error:
+                _refuse(
+                    self._output.as_json, {"code": error.code, "message": error.message, "field": field.id}
+                )
+                if not sys.stdin.isatty():
+                    raise SystemExit(FAILED) from error
+
+    def _text(self, told: Json, file: str | None) -> str | None:
+        name = told["id"]
+        if name in self._inputs and (file, name) not in self._used:
+            self._used.add((file, name))
+            return self._inputs[name]
+        return _asked(told) if sys.stdin.isatty() else None
 
 
 if __name__ == "__main__":

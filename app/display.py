@@ -143,11 +143,16 @@ def _told(event: Json) -> Iterator[str]:
 
 def question(prompt: Json, session_id: str, *, width: int) -> Iterator[str]:
     """What is asked, field by field, and how to answer."""
+    yield from asked(prompt, width=width)
+    some = "".join(f" --input {field['id']}=..." for field in prompt["fields"] if not field.get("secret"))
+    yield from _named("answer with", f"exlab-sessions resume {session_id[:SHORT_ID]}{clean(some)}")
+
+
+def asked(prompt: Json, *, width: int) -> Iterator[str]:
+    """What is asked, field by field."""
     yield from _wrapped("asked by", f"{prompt['plugin']}: {prompt['reason']}", width)
     for field in prompt["fields"]:
         yield from _wrapped("", f"{field['id']}: {field['label']} ({', '.join(_terms(field))})", width)
-    some = "".join(f" --input {field['id']}=..." for field in prompt["fields"] if not field.get("secret"))
-    yield from _named("answer with", f"exlab-sessions resume {session_id[:SHORT_ID]}{clean(some)}")
 
 
 def _terms(field: Json) -> Iterator[str]:
@@ -177,6 +182,38 @@ def complaints(subject: str, place: str, found: Sequence[Json], *, width: int) -
         yield from _named("", f"and {len(notes) - _NOTES_SHOWN} more notes; --json tells all")
     if not found:
         yield _GAP + click.style("ok", fg="green")
+
+
+def execution(told: Json, *, width: int) -> Iterator[str]:
+    """How a plugin worked on a copy of a folder: what it did to each file, then how it ended."""
+    for change in told["changes"]:
+        yield click.style(f"{change['kind']} {clean(change['path'])}", bold=True)
+        for line in change["text"]:
+            yield _tinted(clean(line))
+    for change in told["described"]:
+        yield click.style(
+            f"would {clean(change.get('kind', 'change'))} {clean(change.get('path', ''))}", bold=True
+        )
+        yield f"{_GAP}{clean(change.get('summary', ''))}"
+        yield from (f"{_GAP}{name}: {clean(value)}" for name, value in (change.get("detail") or {}).items())
+    yield click.style(f"{told['plugin']} {told['version']}", bold=True)
+    for line in told["log"]:
+        yield from _wrapped(line["level"], line["text"], width, colour=_COLOURS.get(line["level"]))
+    colour = "green" if told["status"] == "success" else "yellow" if told["status"] == "skipped" else "red"
+    yield from _named("status", click.style(told["status"], fg=colour))
+    if told["message"]:
+        yield from _wrapped("", told["message"], width)
+    for file in told["files"]:
+        yield from _named("was offered", clean(file))
+    if usage := told["usage"]:
+        seconds = usage["duration_ms"] / 1000
+        yield from _named("took", f"{seconds:.2f} s, {usage['peak_memory_mb']} MB at the most")
+
+
+def _tinted(line: str) -> str:
+    """A line of a unified diff in the usual colours."""
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    return click.style(line, fg=colours[line[0]]) if line[:1] in colours else line
 
 
 def _brief(value: object) -> str:

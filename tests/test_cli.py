@@ -450,7 +450,7 @@ def test_a_check_of_a_good_laboratory_finds_nothing_beside_a_service_and_without
         beside = check(config)
         service.stop()
     for result in (beside, check(config)):
-        assert (result.exit_code, result.stdout.count("ok\n")) == (0, 3)
+        assert (result.exit_code, result.stdout.count("ok\n")) == (0, 4)
 
 
 def test_a_check_names_mistakes_and_notes_with_their_lines(tmp_path: Path) -> None:

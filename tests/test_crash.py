@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from app import database
 from app.demo import laboratory
-from tests.service import Service, body, ended, eventually, running
+from tests.service import Service, body, eventually, running
 
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace does the killing")
 
@@ -38,7 +39,14 @@ KINDS = {
         "READER_01/PROJ-1/TestRuns/TestRun_2026-04-17T14-32-05",
         {"run_date": "2026-04-17T14:32:05"},
     ),
+    "asking": (
+        "stained_run",
+        "CONFOCAL_01/PROJ-1/Run_2026-04-18T14-32-05",
+        {"run_date": "2026-04-18T14:32:05"},
+    ),
 }
+ANSWER = {"slide_box": "SB-0042", "laser_power": 2.5}
+"""To the question of the plugin, for the kind that asks."""
 CALLS = {
     "commit": ("fdatasync", 1),
     "rename": ("rename,renameat2", 1),
@@ -48,7 +56,7 @@ CALLS = {
 }
 """What the knife falls at, and by how much the number of the call rises from trial to trial."""
 
-MOST = 60
+MOST = 90
 AT_ONCE = 2
 
 
@@ -60,7 +68,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> dict[str, frozenset[st
     with running(config) as service, service.http() as http:
         for example, _, changes in KINDS.values():
             created = http.post("/sessions", json=body(lab, example, **changes)).json()
-            assert ended(http, created["session_id"])["state"] == "done"
+            assert _come_to_an_end(http, created["session_id"])["state"] == "done"
     return {kind: _contents(lab / "data" / place) for kind, (_, place, _) in KINDS.items()}
 
 
@@ -70,6 +78,22 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "sessions.sqlite3"
     database.prepare(path)
     return path
+
+
+def _answer(http: httpx.Client, handle: dict[str, Any]) -> None:
+    """Answer what is asked; it may just have been answered by an answer whose own answer was lost."""
+    if handle["pending_input"] is not None:
+        told = {"extra_inputs": ANSWER, "prompt_id": handle["pending_input"]["prompt_id"]}
+        assert http.post(f"/sessions/{handle['session_id']}/resume", json=told).status_code in (200, 409)
+
+
+def _come_to_an_end(http: httpx.Client, session_id: str) -> dict[str, Any]:
+    def over() -> dict[str, Any] | None:
+        handle: dict[str, Any] = http.get(f"/sessions/{session_id}").json()
+        _answer(http, handle)
+        return handle if handle["state"] in ("done", "failed", "aborted") else None
+
+    return eventually(over)
 
 
 def _contents(folder: Path) -> frozenset[str]:
@@ -82,13 +106,14 @@ def _contents(folder: Path) -> frozenset[str]:
 @pytest.mark.parametrize(
     ("kind", "call"),
     [("experimental", call) for call in CALLS]
+    + [("asking", call) for call in CALLS]
     + [(kind, call) for kind in ("project", "test") for call in ("commit", "rename")],
 )
 def test_a_killed_service_finishes_what_it_began(
     kind: str, call: str, complete: dict[str, frozenset[str]], empty_store: Path, tmp_path: Path
 ) -> None:
     calls, stride = CALLS[call]
-    stride *= 1 if kind == "experimental" else 3
+    stride *= 1 if kind in ("experimental", "asking") else 3
 
     def trial(number: int) -> str:
         lab = tmp_path / str(number)
@@ -149,7 +174,8 @@ class _Trial:
         with self._watched():
             service = self._traced(calls, max(1, number // 2))
             try:
-                eventually(lambda: not service.alive or self._state() in ("done", None))
+                if service.ready:
+                    self._accompany(service)
             finally:
                 service.kill()
 
@@ -158,7 +184,7 @@ class _Trial:
             if self._state() is None:
                 self._answered = http.post("/sessions", json=self._body()).json()["session_id"]
             for handle in http.get("/sessions").json()["sessions"]:
-                assert ended(http, handle["session_id"])["state"] == "done", handle
+                assert _come_to_an_end(http, handle["session_id"])["state"] == "done", handle
             assert service.stop() == 0
 
     def check(self) -> None:
@@ -173,7 +199,9 @@ class _Trial:
         assert state == "done"
         assert self._answered in (None, session_id)
         assert [seq for seq, _ in rows] == list(range(1, head + 1))
-        assert [kind for _, kind in rows if kind in ("done", "failed")] == [rows[-1][1]]
+        kinds = [kind for _, kind in rows]
+        assert [kind for kind in kinds if kind in ("done", "failed")] == [rows[-1][1]]
+        assert kinds.count("input_required") == kinds.count("input_received") <= 1
 
     def _create(self, service: Service) -> None:
         try:
@@ -181,7 +209,22 @@ class _Trial:
                 self._answered = http.post("/sessions", json=self._body()).json()["session_id"]
         except httpx.TransportError:
             return  # it died before it answered
-        eventually(lambda: not service.alive or self._state() == "done")
+        self._accompany(service)
+
+    def _accompany(self, service: Service) -> None:
+        """Until it dies or has nothing left to do; what is asked meanwhile is answered."""
+
+        def over() -> bool:
+            state = self._state()
+            if state == "input_required":
+                try:
+                    with service.http() as http:
+                        _answer(http, http.get("/sessions").json()["sessions"][0])
+                except httpx.TransportError:
+                    return not service.alive
+            return not service.alive or state in ("done", None)
+
+        eventually(over)
 
     def _traced(self, calls: str, number: int) -> Service:
         knife = f"inject={calls}:signal=SIGKILL:when={number}"

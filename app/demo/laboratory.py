@@ -1,4 +1,4 @@
-"""A small laboratory for looking around: a config, templates, examples of what can be asked for, empty folders.
+"""A small laboratory for looking around: a config, templates, a plugin, examples of what can be asked for.
 
 All of it lies in one folder that can be deleted as a whole. What is already there is never touched, so that a
 newcomer's changes survive; what a dead service left half made is made whole.
@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 _ORIGINAL = Path(__file__).parent
-_EMPTY = ("data", "plugins", "state")
-_COPIED = ("templates", "examples", "config.yaml")
+_EMPTY = ("data", "state")
+_COPIED = ("templates", "plugins", "examples", "config.yaml")
 _NOT_OURS = shutil.ignore_patterns("__pycache__")
 
 

@@ -10,6 +10,8 @@ from litestar.di import NamedDependency
 
 from app.settings import ConfigFile, Field, Settings
 from app.steps import provenance, templates
+from app.steps.plugins import registry
+from app.steps.plugins.registry import Manifest
 from app.steps.templates import Question, Template
 from app.web import errors
 
@@ -38,6 +40,28 @@ class Trouble(msgspec.Struct, frozen=True):
     message: str
 
 
+class Installed(msgspec.Struct, frozen=True, kw_only=True):
+    """One plugin, as its manifest says; `folder` is where it lies."""
+
+    name: str
+    version: str
+    author: str
+    description: str
+    supported_extensions: tuple[str, ...]
+    api_version: str
+    required_variables: tuple[str, ...]
+    optional_variables: tuple[str, ...]
+    timeout_seconds: int
+    memory_mb: int
+    network: bool
+    folder: str
+
+
+class Plugins(msgspec.Struct, frozen=True, kw_only=True):
+    plugins: list[Installed]
+    problems: list[Trouble]
+
+
 class Templates(msgspec.Struct, frozen=True, kw_only=True):
     """`readme_fields` are those that the config asks for with every template."""
 
@@ -50,6 +74,24 @@ class Templates(msgspec.Struct, frozen=True, kw_only=True):
 async def list_templates(config: NamedDependency[ConfigFile]) -> Templates:
     """The templates of the templates folder and of each equipment, read anew."""
     return await asyncio.to_thread(_read, config.current)
+
+
+@get("/plugins", operation_id="list_plugins", tags=["catalogue"], responses=errors.responses())
+async def list_plugins(config: NamedDependency[ConfigFile]) -> Plugins:
+    """The plugins of the plugin folder, read anew; none of their code runs."""
+    return await asyncio.to_thread(_installed, config.current)
+
+
+def _installed(settings: Settings) -> Plugins:
+    found = registry.catalogue(settings.paths.plugin_dir, allow_network=settings.plugins.allow_network)
+    return Plugins(
+        plugins=[_told(plugin) for plugin in found.plugins],
+        problems=[Trouble(str(problem.path), problem.message) for problem in found.problems],
+    )
+
+
+def _told(plugin: Manifest) -> Installed:
+    return msgspec.convert(msgspec.to_builtins(plugin, enc_hook=str), Installed)
 
 
 def _read(settings: Settings) -> Templates:

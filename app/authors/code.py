@@ -1,0 +1,216 @@
+"""A plugin looked over by its author, before a session runs it.
+
+Only looks, and says what it finds: the manifest, the code as text, and last how it loads. The code runs nowhere but
+in the process that sessions would run it in. How a plugin does its work is left to `trial`.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+
+from app.checkup import Subject
+from app.sessions.consistency import Complaint
+from app.settings import Settings
+from app.steps.plugins import registry
+from app.steps.plugins.host import Broken, Host
+from app.steps.plugins.registry import Manifest, Problem
+
+_MOST_FILES = 2000
+_MOST_CODE = 1024 * 1024
+_SECONDS = 30
+
+_ATTRIBUTES = (
+    *("name", "version", "api_version"),
+    *("supported_extensions", "required_variables", "optional_variables"),
+)
+_API = ("plugins", "plugins.base", "plugins.logger", "errors")
+_OURS = {name: tuple(f"{name}.{each}" for each in _API) for name in ("exlab_sessions", "exlab_wizard")}
+"""What plugins are built on, and all that there is below these names."""
+
+_NOT_THERE = """
+import importlib.util, json, sys
+print(json.dumps([name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]))
+"""
+
+
+async def look_over(folder: Path, now: Settings) -> Subject:
+    """All that can be said of the plugin in `folder` before it works on files."""
+    return Subject("plugin", str(folder), tuple([each async for each in _of_plugin(folder, now)]))
+
+
+async def _of_plugin(folder: Path, now: Settings) -> AsyncIterator[Complaint]:
+    manifest = registry.load(folder, allow_network=True)
+    if isinstance(manifest, Problem):
+        yield _error(manifest.message, folder / registry.MANIFEST)
+    elif manifest.network and not now.plugins.allow_network:
+        what = "wants the network: it runs only where the config has plugins.allow_network"
+        yield Complaint("warning", what, str(folder / registry.MANIFEST), "")
+    parsed, unread = _parsed(folder)
+    for complaint in unread:
+        yield complaint
+    if not unread:
+        for complaint in _of_code(folder, parsed, manifest, now.plugins.python or Path(sys.executable)):
+            yield complaint
+    if isinstance(manifest, Manifest) and not unread:
+        for complaint in await _of_loading(manifest, now, folder / registry.CODE):
+            yield complaint
+
+
+def _error(what: str, where: Path | str, advice: str = "") -> Complaint:
+    return Complaint("error", what, str(where), advice)
+
+
+def _parsed(folder: Path) -> tuple[dict[Path, ast.Module], tuple[Complaint, ...]]:
+    """The code of a plugin as trees, and what could not be read of it. Nothing of it runs."""
+    parsed: dict[Path, ast.Module] = {}
+    complaints: list[Complaint] = []
+    for path in sorted(folder.rglob("*.py"))[:_MOST_FILES]:
+        try:
+            if path.stat().st_size > _MOST_CODE:
+                raise ValueError("is larger than 1 MiB")
+            source = path.read_bytes()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compile(source, str(path), "exec", dont_inherit=True)
+                parsed[path] = ast.parse(source, str(path))
+        except SyntaxError as error:
+            complaints.append(_error(f"is no Python: {error.msg}", f"{path}:{error.lineno or 1}"))
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
+            complaints.append(_error(f"cannot be read: {error}", path))
+    return parsed, tuple(complaints)
+
+
+def _of_code(
+    folder: Path, parsed: dict[Path, ast.Module], manifest: Manifest | Problem, python: Path
+) -> Iterator[Complaint]:
+    start = folder / registry.CODE
+    if start in parsed:
+        yield from _of_exports(start, parsed[start])
+    if isinstance(manifest, Manifest):
+        for path, tree in parsed.items():
+            yield from _of_attributes(path, tree, manifest)
+    yield from _of_imports(folder, parsed, python)
+
+
+def _of_exports(path: Path, tree: ast.Module) -> Iterator[Complaint]:
+    origins = list(_origins(tree.body))
+    if not origins:
+        yield _error("exports no Plugin", path, "end it with: from .plugin import MyPlugin as Plugin")
+    elif set(origins) <= {name for names in _OURS.values() for name in names}:
+        what = "exports the Plugin that it imports, and none of its own"
+        yield _error(what, path, "call your class Plugin, or import it under this name")
+
+
+def _origins(statements: Iterable[ast.stmt]) -> Iterator[str]:
+    """Where each Plugin of a module comes from: the name of a module, or nothing where it is made in place."""
+    for statement in statements:
+        match statement:
+            case ast.ClassDef(name="Plugin"):
+                yield ""
+            case ast.Assign(targets=targets):
+                yield from (
+                    "" for target in targets if isinstance(target, ast.Name) and target.id == "Plugin"
+                )
+            case ast.AnnAssign(target=ast.Name(id="Plugin"), value=ast.expr()):
+                yield ""
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                origin = statement.module or "" if isinstance(statement, ast.ImportFrom) else ""
+                yield from (origin for each in names if (each.asname or each.name) in ("Plugin", "*"))
+            case ast.If() | ast.Try() | ast.With():
+                inner = (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.stmt))
+                yield from _origins(inner)
+
+
+def _of_attributes(path: Path, tree: ast.Module, manifest: Manifest) -> Iterator[Complaint]:
+    for made in (each for each in ast.walk(tree) if isinstance(each, ast.ClassDef)):
+        if not any(isinstance(each, ast.FunctionDef) and each.name == "transform" for each in made.body):
+            continue
+        for name, line, value in _literals(made):
+            told = getattr(manifest, name)
+            if _compared(name, value) != _compared(name, told):
+                shown = list(told) if isinstance(told, tuple) else told
+                what = f"{made.name}.{name} is {value!r}, and {shown!r} in {registry.MANIFEST}"
+                yield _error(what, f"{path}:{line}", "the manifest is what counts")
+
+
+def _literals(made: ast.ClassDef) -> Iterator[tuple[str, int, object]]:
+    for statement in made.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in _ATTRIBUTES:
+                pass
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value) if name in _ATTRIBUTES:
+                pass
+            case _:
+                continue
+        try:
+            yield name, statement.lineno, ast.literal_eval(value)
+        except ValueError:  # computed: only running it can tell
+            continue
+
+
+def _compared(name: str, value: object) -> object:
+    if not isinstance(value, list | tuple | set | frozenset):
+        return value
+    return {str(each).lower() if name == "supported_extensions" else each for each in value}
+
+
+def _of_imports(folder: Path, parsed: dict[Path, ast.Module], python: Path) -> Iterator[Complaint]:
+    wanted = [(path, line, name) for path, tree in parsed.items() for line, name in _imports(tree)]
+    tops = {name.split(".")[0] for _, _, name in wanted} - {*_OURS, folder.absolute().name}
+    # A plugin finds what lies beside it, too.
+    missing = set(_not_there(python, sorted(top for top in tops if not (folder.parent / top).exists())))
+    for path, line, name in wanted:
+        top = name.split(".")[0]
+        if top in missing:
+            advice = f"install it where {python} finds it, or name another interpreter by plugins.python"
+            yield _error(f"imports {name}, which is not there", f"{path}:{line}", advice)
+        elif top in _OURS and not any(each == name or each.startswith(f"{name}.") for each in _OURS[top]):
+            advice = f"plugins find {', '.join(_OURS[top])}"
+            yield _error(f"imports {name}, which plugins do not find", f"{path}:{line}", advice)
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """What a module cannot do without: not what it tries, or leaves to the type checker."""
+    spared = {
+        id(inner)
+        for each in ast.walk(tree)
+        if isinstance(each, ast.Try)
+        or (isinstance(each, ast.If) and "TYPE_CHECKING" in ast.unparse(each.test))
+        for inner in ast.walk(each)
+    }
+    for each in ast.walk(tree):
+        if id(each) in spared:
+            continue
+        if isinstance(each, ast.Import):
+            yield from ((each.lineno, alias.name) for alias in each.names)
+        elif isinstance(each, ast.ImportFrom) and each.level == 0 and each.module:
+            yield each.lineno, each.module
+
+
+def _not_there(python: Path, names: list[str]) -> list[str]:
+    """Those of `names` that an interpreter has no module for; none where it cannot be asked."""
+    command = [str(python), "-I", "-c", _NOT_THERE, *names[:_MOST_FILES]]
+    try:
+        asked = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True)
+        missing: list[str] = json.loads(asked.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    return missing
+
+
+async def _of_loading(manifest: Manifest, now: Settings, where: Path) -> list[Complaint]:
+    """Have it loaded, and asked what it thinks of variables that are made up."""
+    variables: dict[str, object] = dict.fromkeys(manifest.required_variables, "example")
+    host = Host(lambda: now.plugins.python, count=1)
+    await host.start()
+    try:
+        said = await host.validate(manifest, variables)
+    finally:
+        await host.close()
+    if isinstance(said, Broken):
+        return [_error(said.message, where)]
+    return [Complaint("warning", f"says of made-up variables: {each}", str(where), "") for each in said]
