@@ -11,6 +11,7 @@ FROM base AS build
 WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY app app
+COPY exlab_sessions exlab_sessions
 COPY migrations migrations
 RUN PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
     pip wheel --no-deps --wheel-dir /wheel .

@@ -19,13 +19,13 @@ test: programs .venv/complete ## everything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'not sweep'
+	$(BIN)/pytest -n logical --dist loadfile -m 'not sweep'
 
 sweep: programs .venv/complete ## kill the service at every step of a creation; many minutes
 	$(BIN)/pytest -m sweep -s
 
 quick: .venv/complete ## the tests that take less than a minute each
-	$(BIN)/pytest -m 'not slow and not sweep'
+	$(BIN)/pytest -n logical --dist loadfile -m 'not slow and not sweep'
 
 bench: .venv/complete ## creation beside a bare render, replay beside a bare send loop
 	$(BIN)/python -m benchmarks.compare

@@ -611,8 +611,8 @@ class TestTheGuide:
 
     def test_every_key_method_and_status_is_in_it(self) -> None:
         from app.sessions.prompts import PromptField
-        from app.steps.plugins import api
         from app.steps.plugins.registry import Manifest
+        from exlab_sessions import plugins as api
 
         limits = {"timeout_seconds", "memory_mb", "network"}
         names = {field for field in Manifest.__struct_fields__ if field != "folder"}

@@ -1,5 +1,6 @@
 """What a user installs: the wheel alone, in an empty environment, serves the demo."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.service import eventually
 
 ROOT = Path(__file__).parent.parent
 READY = re.compile(r"exlab-sessions ready on (http://127\.0\.0\.1:\d+)")
@@ -41,6 +44,16 @@ def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     constraints = ("--constraint", ROOT / "constraints.txt")
     subprocess.run([scripts / "python", "-m", "pip", "install", "-qq", *constraints, wheel], check=True)
     return scripts / "exlab-sessions"
+
+
+def _settled(client: httpx.Client, session_id: str) -> str:
+    """Where a session stands when nothing is done for it."""
+
+    def look() -> str | None:
+        state: str = client.get(f"/api/v1/sessions/{session_id}").json()["state"]
+        return state if state in ("input_required", "done", "failed") else None
+
+    return eventually(look, within=PATIENCE_SECONDS)
 
 
 @pytest.fixture
@@ -73,8 +86,15 @@ def test_the_wheel_carries_all_that_is_not_python(wheel: Path) -> None:
 
 def test_the_wheel_carries_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if not re.match(r"app/|exlab_sessions-[^/]*\.dist-info/", name)] == []
+    known = r"app/|exlab_sessions-[^/]*\.dist-info/|exlab_sessions/(__init__|plugins)\.py$"
+    assert [name for name in names if not re.match(known, name)] == []
     assert [name for name in names if "__pycache__" in name] == []
+
+
+def test_authors_can_import_what_plugins_import(program: Path) -> None:
+    names = "Plugin, PluginContext, PluginError, PluginInputRequired, FileChange"
+    importing = [str(program.with_name("python")), "-I", "-c", f"from exlab_sessions.plugins import {names}"]
+    subprocess.run(importing, check=True)
 
 
 def test_the_installed_wheel_serves_the_demo_until_it_is_told_to_stop(
@@ -87,6 +107,14 @@ def test_the_installed_wheel_serves_the_demo_until_it_is_told_to_stop(
     with httpx.Client(base_url=ready[1], timeout=PATIENCE_SECONDS) as client:
         assert client.get("/api/v1/setup/status").json()["ready"]
         offered = client.get("/api/v1/templates").json()["templates"]
-    assert {template["name"] for template in offered} == {"project", "confocal_run", "plate_reader_run"}
+        asked = json.loads((tmp_path / "exlab-demo/examples/stained_run.json").read_text())
+        session_id = client.post("/api/v1/sessions", json=asked).json()["session_id"]
+        assert _settled(client, session_id) == "input_required"
+    assert {template["name"] for template in offered} == {
+        "project",
+        "confocal_run",
+        "plate_reader_run",
+        "stained_run",
+    }
     demo.send_signal(signal.SIGTERM)
     assert demo.wait(PATIENCE_SECONDS) == 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from app.steps.child import frame
-from app.steps.plugins import api
+from exlab_sessions import plugins as api
 
 _PROGRESS_SECONDS = 0.25
 _LOG_LINES = 500
@@ -30,7 +30,6 @@ _TRACEBACK_LINES = 8
 
 LARGEST_FRAME = 1024 * 1024
 
-_API = "exlab_sessions.plugins"
 
 # What a report may take up of the memory that the plugin was left with.
 _RESERVE = 2 * 1024 * 1024
@@ -313,13 +312,9 @@ def loaded(task: dict[str, Any]) -> Any:
 
 
 def leave_only_the_api() -> None:
-    """Give the API the names that plugins know, and forget all else of this service."""
+    """Give the API all the names that plugins know it by, and forget all else of this service."""
     for name in [name for name in sys.modules if name.split(".")[0] == "app"]:
         del sys.modules[name]
-    for thing in vars(api).values():
-        if isinstance(thing, type) and thing.__module__ == api.__name__:
-            thing.__module__ = _API
-    api.__name__ = _API
     for package in ("exlab_sessions", "exlab_wizard"):
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = []
