@@ -1,4 +1,4 @@
-"""What became of each plugin of a session, and the values that plugins work with."""
+"""What became of each plugin of a session, the values that plugins work with, and whose progress is told."""
 
 from alembic import op
 
@@ -44,6 +44,28 @@ STATEMENTS = (
     """
     CREATE TRIGGER sessions_pruned_plugins AFTER DELETE ON sessions
     BEGIN DELETE FROM plugin_runs WHERE session_id = OLD.session_id; END
+    """,
+    "DROP VIEW timeline",
+    """
+    CREATE VIEW timeline AS
+    SELECT session_id, seq, at, kind,
+        CASE kind
+            WHEN 'phase' THEN json_extract(frame, '$.phase')
+            WHEN 'progress' THEN
+                coalesce(json_extract(frame, '$.file') || ': ', json_extract(frame, '$.plugin') || ': ', '')
+                || json_extract(frame, '$.current') || ' of ' || json_extract(frame, '$.total')
+            WHEN 'input_required' THEN
+                json_extract(frame, '$.plugin') || ' asks: ' || json_extract(frame, '$.reason')
+            WHEN 'input_received' THEN 'answered: ' || json_extract(frame, '$.plugin')
+            WHEN 'warning' THEN json_extract(frame, '$.code') || ': ' || json_extract(frame, '$.message')
+            WHEN 'recovered' THEN 'taken up again in ' || json_extract(frame, '$.state')
+            WHEN 'done' THEN 'published as ' || json_extract(frame, '$.result.path')
+            WHEN 'failed' THEN
+                json_extract(frame, '$.error.code') || ': ' || json_extract(frame, '$.error.message')
+        END AS what,
+        round((julianday(at) - julianday(lag(at) OVER (PARTITION BY session_id ORDER BY seq))) * 86400, 3)
+            AS seconds_since_previous
+    FROM events ORDER BY session_id, seq
     """,
 )
 
