@@ -654,10 +654,12 @@ def listing(lab: Path, *plugins: str) -> None:
     manifest.write_text(RUN_TEMPLATE + f"_exlab_plugins: [{', '.join(plugins)}]\n")
 
 
-def test_the_plugins_of_a_template_are_planned_in_its_order_also_one_that_is_not_there(lab: Path) -> None:
+def test_the_plugins_of_a_template_are_planned_once_in_its_order_also_one_that_is_not_there(
+    lab: Path,
+) -> None:
     installed(lab, "a")
     installed(lab, "z")
-    listing(lab, "z", "gone", "a")
+    listing(lab, "z", "gone", "a", "z")
     plan = passed(lab, RUN).plugins
     assert [(plugin.name, plugin.version) for plugin in plan] == [("z", "2.1"), ("gone", None), ("a", "2.1")]
 

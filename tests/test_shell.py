@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.sessions import requests
+from app.sessions import lifecycle, requests
 from app.sessions.lifecycle import EDGES, State
 from app.sessions.session import Session
 from app.sessions.store import Store
@@ -15,9 +15,10 @@ from tests.conftest import CALLER, accepted, asked, lead_to, rows, run_body, wal
 pytestmark = pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs the sqlite3 shell")
 
 VIEWS = ("live_sessions", "finished_sessions", "timeline", "open_prompts", "copies")
-COMPANIONS = ("events", "prompts", "snapshots", "copy_jobs", "idempotency_keys", "log_lines")
+COMPANIONS = ("events", "prompts", "snapshots", "plugin_runs", "copy_jobs", "idempotency_keys", "log_lines")
 TABLES = ("sessions", *COMPANIONS, "audit", "states", "edges", "store_facts")
 STATES = tuple(state for state in State if state is not State.PENDING)
+RAN = lifecycle.PluginRan(ordinal=1, total=2, plugin="staining", version="1", status="success")
 AT = "2026-01-02T03:04:05.678Z"
 
 
@@ -366,6 +367,36 @@ async def test_a_line_of_the_audit_is_not_replaced(store: Store) -> None:
     )
 
 
+def _again(verb: str, ordinal: int) -> str:
+    """The statement that tells of a plugin once more."""
+    rest = "version, status, message, files_affected, duration_ms, exit_code, peak_memory_mb, ended_at"
+    return f"{verb} INTO plugin_runs SELECT session_id, {ordinal}, 'other', {rest} FROM plugin_runs"
+
+
+async def _with_a_plugin_through(store: Store) -> Session:
+    return await store.record(await walk(store, State.PLUGIN_PASS), RAN)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE plugin_runs SET status = 'failed'",
+        "DELETE FROM plugin_runs",
+        _again("INSERT OR REPLACE", 1),
+        _again("INSERT", 3),
+    ],
+)
+async def test_what_became_of_a_plugin_is_not_changed(store: Store, statement: str) -> None:
+    await _with_a_plugin_through(store)
+    refused(store.path, f"{statement};")
+
+
+async def test_a_plugin_is_through_in_the_plugin_pass_only(store: Store) -> None:
+    session = await _with_a_plugin_through(store)
+    await store.record(session, lifecycle.Transformed())
+    assert "plugin_pass" in refused(store.path, _again("INSERT", 2) + ";")
+
+
 async def test_an_open_question_is_not_deleted(store: Store) -> None:
     session = await walk(store, State.INPUT_REQUIRED)
     refused(store.path, f"DELETE FROM prompts {named(session)};")
@@ -410,6 +441,7 @@ async def test_pruning_a_terminal_session_takes_its_companions(store: Store, sta
     session, _ = await store.create(run_body(), CALLER, idempotency_key="key")
     session = await store.record(session, accepted())
     session = await store.record(session, lead_to(State.PLUGIN_PASS))
+    session = await store.record(session, RAN)
     session = await store.record(session, asked())
     if state is State.DONE:
         assert session.prompt is not None

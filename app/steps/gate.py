@@ -417,7 +417,7 @@ def _plugins(template: Template, settings: Settings, answers: dict[str, object])
     """Those that the template lists, in its order, then the others where the config has them run."""
     found = registry.catalogue(settings.paths.plugin_dir, allow_network=settings.plugins.allow_network)
     others = [plugin.name for plugin in found.plugins if plugin.name not in template.plugins]
-    for name in (*template.plugins, *(others if settings.plugins.run_unlisted else ())):
+    for name in dict.fromkeys((*template.plugins, *(others if settings.plugins.run_unlisted else ()))):
         plugin = found.named(name)
         if plugin is not None:
             _check_wants(plugin, template, answers)
