@@ -222,9 +222,15 @@ class _Trial:
                         _answer(http, http.get("/sessions").json()["sessions"][0])
                 except httpx.TransportError:
                     return not service.alive
-            return not service.alive or state in ("done", None)
+            return not service.alive or state in ("done", None) or self._waits_for_a_worker()
 
         eventually(over)
+
+    def _waits_for_a_worker(self) -> bool:
+        """The knife falls at the service's children as well, and may leave it none that gets ready."""
+        with self._sql() as store:
+            row = store.execute("SELECT blocked_on FROM sessions").fetchone()
+        return bool(row and row[0] and "not_started" in row[0])
 
     def _traced(self, calls: str, number: int) -> Service:
         knife = f"inject={calls}:signal=SIGKILL:when={number}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from app.errors import BlockedOn
 from app.steps import confinement
 from app.steps.plugins.host import Asked, Broken, Host, Line, Ran, Unavailable
 from tests import plugin_yard as yard
@@ -695,3 +696,17 @@ async def test_a_value_that_is_no_unicode_fails_the_plugin_not_the_service(
     outcome = await done(host, tmp_path, doing("pass"), variables={"x": "\ud800"})
     assert isinstance(outcome, Broken)
     assert "Unicode" in outcome.message
+
+
+async def test_a_worker_that_is_killed_before_it_is_ready_may_start_the_next_time(tmp_path: Path) -> None:
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\nkill -9 $$\n")
+    dying.chmod(0o755)
+    manifest = yard.plugin(tmp_path / "plugins", doing("pass"))
+    host = Host(lambda: dying, count=1)
+    try:
+        with pytest.raises(BlockedOn) as blocked:
+            await host.validate(manifest, {})
+    finally:
+        await host.close()
+    assert blocked.value.code == "plugin_host_not_started"

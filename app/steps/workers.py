@@ -28,7 +28,14 @@ Command = Callable[[], tuple[str, ...]]
 
 
 class NotStarted(Exception):
-    """The worker ended, or hung, before it was ready; the message is what it printed."""
+    """The worker ended, or hung, before it was ready; the message is what it printed.
+
+    `killed`: not by itself, so that the next one may well start.
+    """
+
+    def __init__(self, message: str, *, killed: bool) -> None:
+        self.killed = killed
+        super().__init__(message)
 
 
 class Worker:
@@ -53,13 +60,14 @@ class Worker:
                 ready = await process.receive()
         except TimeoutError:
             await process.kill()
-            raise NotStarted(f"{command[-1]} was not ready within {_START_SECONDS:g} seconds") from None
+            message = f"{command[-1]} was not ready within {_START_SECONDS:g} seconds"
+            raise NotStarted(message, killed=True) from None
         except BaseException:
             await process.kill()
             raise
         if ready is None:
             await process.kill()
-            raise NotStarted(process.output)
+            raise NotStarted(process.output, killed=(process.exit_code or 0) < 0)
         return cls(command, process, ready.removeprefix(READY))
 
     async def work(self, task: bytes, tell: Tell) -> int | None:

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import structlog
 
+from app.errors import BlockedOn
 from app.steps.plugins.registry import Manifest
 from app.steps.workers import NotStarted, Worker, Workers
 
@@ -40,6 +42,9 @@ _LARGEST_FIELDS = 64 * 1024
 _DEEPEST_FIELDS = 10
 _MOST_COMPLAINTS = 50
 _TIMEOUT_CODE = 124
+
+
+_log = structlog.get_logger(__name__)
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +185,7 @@ _FROM_SUPERVISOR = msgspec.json.Decoder(_Printed | _Ended | _Refused)
 class Host:
     """As many plugins at once as there are workers; further ones wait for their turn."""
 
-    def __init__(self, python: Callable[[], Path | None], count: int = 2) -> None:
+    def __init__(self, python: Callable[[], Path | None], count: int = 4) -> None:
         self._python = python
         self._workers = Workers(self._command, count, grace=_ENDING_SECONDS)
 
@@ -202,7 +207,7 @@ class Host:
     async def validate(self, manifest: Manifest, variables: dict[str, object]) -> tuple[str, ...] | Broken:
         """What the plugin has against the variables; Broken where it is not able to say.
 
-        Raises OSError and Unavailable.
+        Raises OSError, BlockedOn and Unavailable.
         """
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="exlab-plugin-"))
         try:
@@ -225,7 +230,7 @@ class Host:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def run(self, task: Task, progress: Progress) -> Ran | Asked | Broken:
-        """Let the plugin do its work. Raises Unavailable, and OSError for what stands in the way from outside.
+        """Let the plugin do its work. Raises Unavailable; OSError and BlockedOn for what is in its way from outside.
 
         A cancellation goes on when the plugin's processes are gone.
         """
@@ -243,6 +248,10 @@ class Host:
             async with self._workers.one() as worker:
                 await run.follow(worker, payload)
         except NotStarted as error:
+            if error.killed:
+                _log.error("the plugin worker could not be started", reason=str(error))
+                message = "the process for a plugin could not be started; the log tells more"
+                raise BlockedOn("plugin_host_not_started", message) from error
             raise Unavailable(f"{self._command()[0]} cannot run plugins: {_end(str(error))}") from error
         except OSError as error:
             if error.filename != self._command()[0]:
