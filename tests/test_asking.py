@@ -293,3 +293,85 @@ def test_a_secret_is_found_nowhere_and_asked_again_after_a_death(lab: Path) -> N
         dump = "\n".join(shell.iterdump())
     shell.close()
     assert SECRET not in dump
+
+
+LEAKS = """
+def transform(self, file_path, ctx):
+    if "pin" not in ctx.extra_inputs:
+        raise PluginInputRequired(
+            [{"id": "pin", "label": "PIN", "type": "number", "secret": True}], "Who are you?")
+    pin = ctx.extra_inputs["pin"]
+    (ctx.dst_root / f"{pin}.dat").touch()
+    if "more" not in ctx.extra_inputs:
+        raise PluginInputRequired([{"id": "more", "label": "More", "type": "number", "default": pin}], "more")
+    print("x" * 32760, pin, "y" * 40000)
+    ctx.log.info("z" * 7995 + str(pin))
+"""
+PIN = 4821377
+
+
+def test_a_secret_that_is_a_number_or_in_a_name_or_cut_in_two_is_not_kept_by_the_service(
+    lab: Path, service: Service
+) -> None:
+    plugin(lab, "leaks", LEAKS)
+    name = template(lab, "leaking", {"one.txt": ""}, _exlab_plugins=["leaks"])
+    with service.http() as http:
+        session_id = created(http, name)
+        answered(http, waiting(http, session_id), pin=PIN)
+        second = eventually(partial(_asking_for, http, session_id, "more"))
+        assert second["pending_input"]["fields"][0].get("default") is None
+        answered(http, second, more=1)
+        done = ended(http, session_id)
+        told = http.get(f"/sessions/{session_id}/log").text + http.get(f"/sessions/{session_id}/events").text
+    assert done["state"] == "done"
+    folder = Path(done["result"]["path"])
+    written = (folder / ".exlab-wizard/creation.json").read_text()
+    assert (folder / f"{PIN}.dat").exists()  # what a plugin writes is its own affair
+    assert "***.dat" in written
+    with sqlite3.connect(f"file:{lab}/state/sessions.sqlite3?mode=ro", uri=True) as shell:
+        dump = "\n".join(shell.iterdump())
+    shell.close()
+    for text in (told, written, dump, service.errors.read_text()):
+        assert str(PIN)[:-1] not in text
+
+
+def _asking_for(http: httpx.Client, session_id: str, field: str) -> dict[str, Any] | None:
+    handle: dict[str, Any] = http.get(f"/sessions/{session_id}").json()
+    fields = (handle["pending_input"] or {"fields": []})["fields"]
+    return handle if [one["id"] for one in fields] == [field] else None
+
+
+def test_an_operator_whose_name_no_frame_could_hold_is_refused_and_no_secret_is_logged(
+    lab: Path, service: Service
+) -> None:
+    plugin(lab, "secretly", ASKS_SECRETLY)
+    name = template(lab, "secret", {"one.txt": ""}, _exlab_plugins=["secretly"])
+    with service.http() as http:
+        handle = waiting(http, created(http, name))
+        body = {"extra_inputs": {"token": SECRET, "user": "Ada"}, "operator": "o" * 200_000}
+        refused = http.post(f"/sessions/{handle['session_id']}/resume", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "validation_failed")
+    assert SECRET not in service.errors.read_text()
+
+
+def test_the_repeat_of_an_answer_brings_no_other_secret(lab: Path, service: Service) -> None:
+    code = """
+    def transform(self, file_path, ctx):
+        if "token" not in ctx.extra_inputs:
+            raise PluginInputRequired(
+                [{"id": "token", "label": "Token", "type": "string", "secret": True, "default": "guest"}], "Who?")
+        while not (ctx.dst_root.parents[3] / "go").exists():
+            time.sleep(0.05)
+        file_path.write_text(str(len(ctx.extra_inputs["token"])))
+    """
+    plugin(lab, "slowly", code)
+    name = template(lab, "slow", {"one.txt": ""}, _exlab_plugins=["slowly"])
+    with service.http() as http:
+        handle = waiting(http, created(http, name))
+        answered(http, handle)
+        for other in ({"token": "another one"}, {"token": ["no text"]}, {}):
+            repeat = {"extra_inputs": other, "prompt_id": handle["pending_input"]["prompt_id"]}
+            assert http.post(f"/sessions/{handle['session_id']}/resume", json=repeat).status_code == 200
+        (lab / "data" / "go").touch()
+        done = ended(http, handle["session_id"])
+    assert Path(done["result"]["path"], "one.txt").read_text() == str(len("guest"))

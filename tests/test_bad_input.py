@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from app.demo import laboratory
-from tests.service import Service, bare_run, body, ended, eventually, running, template
+from tests.service import Service, bare_run, body, ended, eventually, plugin, running, template
 
 LIMITS = """
   render_timeout_seconds: 6
@@ -563,6 +563,29 @@ def test_a_disk_without_room_is_told_and_a_retry_with_room_is_good(
 
 
 @needs_root
+def test_a_plugin_that_fills_the_disk_fails_and_leaves_the_room_to_the_others(
+    mounted: tuple[Path, Service, Disk],
+) -> None:
+    lab, service, _ = mounted
+    fill = """
+    def transform(self, file_path, ctx):
+        with (ctx.dst_root / "big").open("wb") as file:
+            while True:
+                file.write(bytes(1 << 20))
+    """
+    plugin(lab, "fills", fill)
+    template(lab, "filled", {"a.txt": "a"}, _exlab_plugins=["fills"])
+    with service.http() as http:
+        filled = outcome(http, bare_run("filled"))
+        assert filled["state"] == "done"
+        assert [warning["code"] for warning in filled["result"]["warnings"]] == ["plugin_failed"]
+        assert sorted(path.name for path in Path(filled["destination"]).iterdir()) == [
+            ".exlab-wizard",
+            "README.md",
+            "a.txt",
+        ]
+
+
 def test_a_disk_that_fills_up_is_waited_for_until_there_is_room(mounted: tuple[Path, Service, Disk]) -> None:
     lab, service, disk = mounted
     with service.http() as http:

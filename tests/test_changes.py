@@ -533,3 +533,26 @@ def test_a_hundred_thousand_names_are_compared_within_a_minute(lab: Path) -> Non
     found = compared(tree, copy)
     assert len(found.affected) == 100_000 and found.violations == ()
     assert time.monotonic() - begun < 60
+
+
+def test_more_than_can_be_read_in_time_is_not_kept_and_not_read(lab: Path) -> None:
+    """A file of holes takes no room, and no time to make; to hash and to sync it takes hours."""
+    tree = staged(lab, run_folder(lab))
+    copy = publish.branch(tree)
+    for number in range(9):
+        with (copy / f"sparse-{number}").open("wb") as file:
+            file.truncate(512 * 1024**2)
+    [violation] = changes.compare(tree, copy, protected=lambda _: False).violations
+    assert "4 GB" in violation
+
+
+def test_more_names_than_can_be_listed_in_time_are_not_kept(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "MOST_ADDED", 100)
+    tree = staged(lab, run_folder(lab))
+    copy = publish.branch(tree)
+    for number in range(101):
+        (copy / f"{number}").touch()
+    [violation] = changes.compare(tree, copy, protected=lambda _: False).violations
+    assert "100 files" in violation

@@ -194,3 +194,60 @@ def test_a_plugin_that_no_file_is_for_is_skipped_and_one_changed_meanwhile_goes_
         "status": "skipped",
     }
     assert creation["plugins_applied"][1]["version"] == "2.0"
+
+
+def test_what_a_plugin_complains_of_at_length_ends_the_session_all_the_same(lab: Path) -> None:
+    at_length = 'def validate_variables(self, variables):\n    return ["\\U0001f600" * 2000] * 50\n'
+    plugin(lab, "wordy", at_length + "\ndef transform(self, file_path, ctx):\n    pass\n")
+    name = template(lab, "wordy_run", FILES, _exlab_plugins=["wordy"])
+    with running(lab / "config.yaml") as service, service.http() as http:
+        failed = finished(http, name)
+    error = failed["error"]
+    assert isinstance(error, dict)
+    assert error["code"] == "plugin_variable_validation_failed"
+
+
+def test_a_plugin_that_cannot_be_loaded_fails_and_the_others_run(lab: Path) -> None:
+    plugin(lab, "broken", "def transform(self, file_path, ctx):\n    pass\n")
+    (lab / "plugins" / "broken" / "__init__.py").write_text("this is no Python")
+    plugin(lab, "good", 'def transform(self, file_path, ctx):\n    file_path.open("a").write("good\\n")\n')
+    name = template(lab, "half", FILES, _exlab_plugins=["broken", "good"])
+    with running(lab / "config.yaml") as service, service.http() as http:
+        done = finished(http, name)
+    assert done["state"] == "done"
+    assert Path(str(done["result"]["path"]), "notes.txt").read_text() == "as it was\ngood\n"  # type: ignore[index]
+
+
+def test_a_plugin_that_says_the_disk_is_full_when_it_is_not_fails(lab: Path) -> None:
+    plugin(
+        lab,
+        "full",
+        'def transform(self, file_path, ctx):\n    raise OSError(28, "No space left", "made-up")\n',
+    )
+    name = template(lab, "fullish", FILES, _exlab_plugins=["full"])
+    with running(lab / "config.yaml") as service, service.http() as http:
+        done = finished(http, name)
+    assert done["state"] == "done"
+    [warning] = done["result"]["warnings"]  # type: ignore[index]
+    assert warning["code"] == "plugin_failed" and "room" in warning["message"]
+
+
+def test_a_hanging_plugin_of_many_sessions_does_not_keep_another_session_waiting(lab: Path) -> None:
+    plugin(
+        lab,
+        "hangs",
+        "def transform(self, file_path, ctx):\n    time.sleep(99)\n",
+        isolation={"timeout_seconds": 99},
+    )
+    plugin(lab, "quick", "def transform(self, file_path, ctx):\n    pass\n")
+    hanging = template(lab, "hanging", FILES, _exlab_plugins=["hangs"])
+    quick = template(lab, "quickly", FILES, _exlab_plugins=["quick"])
+    with running(lab / "config.yaml") as service, service.http() as http:
+        stuck = [http.post("/sessions", json=bare_run(hanging)).json()["session_id"] for _ in range(4)]
+        assert finished(http, quick)["state"] == "done"
+        states = [http.get(f"/sessions/{session_id}").json()["state"] for session_id in stuck]
+        assert states == ["plugin_pass"] * 4
+        for session_id in stuck:
+            assert (
+                http.post(f"/sessions/{session_id}/cancel", json={"discard_files": True}).status_code == 200
+            )

@@ -458,8 +458,8 @@ async def test_a_tree_that_is_not_there_is_an_error(host: Host, tmp_path: Path) 
 async def test_validating_collects_the_complaints(host: Host, tmp_path: Path) -> None:
     yard.package(tmp_path / "hello", WIZARDS)
     manifest = yard.manifest(tmp_path / "hello")
-    assert await host.validate(manifest, {"operator": "Ada"}) == ()
-    assert await host.validate(manifest, {"operator": ""}) == (
+    assert await host.validate(manifest, {"operator": "Ada"}, tmp_path / "one") == ()
+    assert await host.validate(manifest, {"operator": ""}, tmp_path / "two") == (
         "required variable 'operator' is missing or empty",
     )
 
@@ -479,20 +479,16 @@ async def test_what_goes_wrong_in_validating_is_no_complaint(
     host: Host, tmp_path: Path, more: str, word: str
 ) -> None:
     manifest = yard.plugin(tmp_path / "plugins", doing("pass", more=more), timeout_seconds=1)
-    broken = await host.validate(manifest, {})
+    broken = await host.validate(manifest, {}, tmp_path / "aside")
     assert isinstance(broken, Broken)
     assert word in broken.message
 
 
-async def test_validating_needs_and_leaves_no_files(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
+async def test_validating_works_in_the_folder_that_it_is_given(host: Host, tmp_path: Path) -> None:
     more = "def validate_variables(self, variables):\n    open('x', 'w')\n    return []"
     manifest = yard.plugin(tmp_path / "plugins", doing("pass", more=more))
-    assert await host.validate(manifest, {}) == ()
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert await host.validate(manifest, {}, tmp_path / "aside") == ()
+    assert (tmp_path / "aside" / "tree" / "x").is_file()
 
 
 async def test_another_interpreter_brings_its_own_packages(tmp_path: Path) -> None:
@@ -706,7 +702,7 @@ async def test_a_worker_that_is_killed_before_it_is_ready_may_start_the_next_tim
     host = Host(lambda: dying, count=1)
     try:
         with pytest.raises(BlockedOn) as blocked:
-            await host.validate(manifest, {})
+            await host.validate(manifest, {}, tmp_path / "aside")
     finally:
         await host.close()
     assert blocked.value.code == "plugin_host_not_started"

@@ -14,7 +14,13 @@ from app.errors import (
     SessionNotFound,
 )
 from app.sessions.lifecycle import State
-from app.sessions.prompts import TEXT_LIMIT, PromptField, accepted
+from app.sessions.prompts import (
+    TEXT_LIMIT,
+    PromptField,
+    accepted,
+    entered_secretly,
+    fitting_defaults,
+)
 from app.sessions.requests import CancelBody, ResumeBody
 from app.sessions.session import Session
 from app.sessions.store import Store
@@ -25,7 +31,7 @@ CODE: dict[str, object] = {"id": "code", "label": "Code", "type": "string", "sec
 
 
 def field(**given: Any) -> PromptField:
-    return msgspec.convert({"id": "x", "label": "X", **given}, PromptField)
+    return msgspec.convert({"id": "x", "label": "X"} | given, PromptField)
 
 
 def prompt(session: Session) -> str:
@@ -78,7 +84,6 @@ def test_a_value_that_fits_is_kept_as_it_came(asked_for: dict[str, object], valu
         ({"type": "text", "max": 2}, "abc"),
         ({"type": "choice", "options": ["HE", "DAPI"]}, "he"),
         ({"type": "choice", "options": ["1"]}, 1),
-        ({"type": "choice"}, "anything"),
         ({"type": "choice", "options": ["HE"]}, ["HE"]),
         ({"type": "date"}, "2026-02-29"),
         ({"type": "date"}, "28.2.2026"),
@@ -305,3 +310,27 @@ async def test_an_open_prompt_survives_a_restart(store: Store) -> None:
     await store.close()
     await store.open()
     assert (await answered(store, session, dose=3, code="x")).state is State.PLUGIN_PASS
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"type": "choice"}, {"type": "choice", "options": []}, {"type": "number", "min": 2, "max": 1}],
+)
+def test_a_question_that_nobody_can_answer_is_no_question(told: dict[str, object]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        field(**told)
+
+
+def test_what_another_try_offers_is_bounded() -> None:
+    fields = tuple(field(id=name, type="text") for name in "abc")
+    values: dict[str, object] = dict.fromkeys("abc", "x" * 100)
+    offered = fitting_defaults(fields, values, room=250)
+    assert [one.default is not None for one in offered] == [True, True, False]
+
+
+def test_what_was_entered_secretly_is_checked_and_takes_its_default() -> None:
+    fields = (field(secret=True, default="guest", type="string"),)
+    assert entered_secretly(fields, {}) == {"x": "guest"}
+    assert accepted(fields, {}) == {}
+    with pytest.raises(InputInvalid):
+        entered_secretly(fields, {"x": {"not": "a text"}})

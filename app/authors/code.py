@@ -6,11 +6,13 @@ in the process that sessions would run it in. How a plugin does its work is left
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from app.checkup import Subject
 from app.sessions.consistency import Complaint
@@ -208,7 +210,8 @@ async def _of_loading(manifest: Manifest, now: Settings, where: Path) -> list[Co
     host = Host(lambda: now.plugins.python, count=1)
     await host.start()
     try:
-        said = await host.validate(manifest, variables)
+        with TemporaryDirectory(prefix="exlab-plugin-", ignore_cleanup_errors=True) as aside:
+            said = await host.validate(manifest, variables, Path(os.path.realpath(aside), "validation"))
     finally:
         await host.close()
     if isinstance(said, Broken):

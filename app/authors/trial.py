@@ -117,7 +117,9 @@ async def _executed(host: Host, attempt: Attempt, aside: Path, answering: Answer
         files=offered,
         usage=None,
     )
-    complaints = _lacking(attempt) or await host.validate(attempt.manifest, attempt.variables)
+    complaints = _lacking(attempt) or await host.validate(
+        attempt.manifest, attempt.variables, aside / "validation"
+    )
     if isinstance(complaints, Broken):
         return msgspec.structs.replace(told, status=complaints.status, message=complaints.message)
     if complaints:

@@ -16,6 +16,10 @@ MESSAGE_LIMIT = 4096
 """Characters of a message that a frame carries; a frame stays below 256 KiB with the findings capped."""
 
 
+DETAILS_LIMIT = 128 * 1024
+"""Bytes of the details of an error that a frame carries."""
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=True):
     """`seq` counts 1, 2, 3 ... within the session; `at` is RFC 3339, UTC, with milliseconds."""
 
@@ -149,4 +153,11 @@ def _short(message: str) -> str:
 
 
 def _capped(error: Failure) -> Failure:
-    return msgspec.structs.replace(error, message=_short(error.message))
+    """Without the details that a frame has no room for; the largest go first."""
+    details = dict(error.details or {})
+    sizes = {key: len(msgspec.json.encode(value)) for key, value in details.items()}
+    for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sum(sizes.values()) <= DETAILS_LIMIT:
+            break
+        del details[key], sizes[key]
+    return msgspec.structs.replace(error, message=_short(error.message), details=details or None)

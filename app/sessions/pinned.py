@@ -36,9 +36,19 @@ def encoded(pinned: Pinned) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(pinned, enc_hook=str))
 
 
+class _Stored(Pinned, frozen=True, kw_only=True):
+    """As the store may hold it: its first schema knew plugins by their names alone."""
+
+    plugins: tuple[gate.Planned | str, ...]  # type: ignore[assignment]
+
+
 def pinned_by(session: Session) -> Pinned:
-    pinned: Pinned = msgspec.json.decode(known(session.pinned), type=Pinned, dec_hook=_as_path)
-    return pinned
+    stored: _Stored = msgspec.json.decode(known(session.pinned), type=_Stored, dec_hook=_as_path)
+    told = {field: getattr(stored, field) for field in Pinned.__struct_fields__}
+    told["plugins"] = tuple(
+        gate.Planned(each, None) if isinstance(each, str) else each for each in stored.plugins
+    )
+    return Pinned(**told)
 
 
 def _as_path(kind: type, value: Any) -> Any:

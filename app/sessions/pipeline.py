@@ -103,6 +103,15 @@ class Pipeline:
         """Keep for the plugin what the store does not keep of an answer."""
         await self._plugins.learn(session_id, body)
 
+    async def clear_attempts(self, session: Session) -> None:
+        """Remove the copies of a session's tree that plugins of a dead service were working on."""
+        if session.tree is None:
+            return
+        try:
+            await thread(publish.only, session.tree.parents[1], session.tree)
+        except OSError as error:
+            log.warning("Copies are removed later.", session_id=session.session_id, why=str(error))
+
     async def fail(self, session: Session, failure: Failure) -> Session:
         """End `session` without its folder; what it had built is kept aside, and `failure` says where.
 
@@ -148,13 +157,22 @@ class Pipeline:
             result = await self._attempted(session, verify=verify)
             if isinstance(result, Failure):
                 return await self.fail(session, result)
-            return await self.record(session, *result)
+            return await self._recorded(session, result)
         except BlockedOn as obstacle:
             return await self._block(session, obstacle)
         except DestinationHeld:
             return session  # another session was quicker; the gate looks again
         finally:
             self._chosen.pop(session.session_id, None)
+
+    async def _recorded(self, session: Session, outcomes: tuple[Outcome, ...]) -> Session:
+        """Record what a step came to; a session whose outcome the store refuses must not be left as it is."""
+        try:
+            return await self.record(session, *outcomes)
+        except (Moved, DestinationHeld):
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is: nothing else would ever move the session again
+            return await self.fail(session, _internal(session))
 
     async def _attempted(self, session: Session, *, verify: bool) -> tuple[Outcome, ...] | Failure:
         """What the step came to; BlockedOn for what may pass by itself."""
@@ -195,7 +213,7 @@ class Pipeline:
         pause = next((seconds for seconds in RETRY_SECONDS if seconds > waited), RETRY_SECONDS[-1])
         blocked = Blocked(
             code=obstacle.code,
-            message=obstacle.message,
+            message=obstacle.message.encode(errors="backslashreplace").decode(),
             since=since,
             retry_at=timestamp(now + timedelta(seconds=pause)),
             again=same,

@@ -7,13 +7,15 @@ until the plugin is through: a service that was restarted in between asks for it
 the host's affair.
 """
 
+import errno
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 import uuid_utils
 
-from app.errors import Failure, blocked_by
+from app.errors import Failure, InputInvalid, blocked_by
 from app.sessions import telling
 from app.sessions.lifecycle import (
     Asked,
@@ -26,7 +28,7 @@ from app.sessions.lifecycle import (
     Warned,
 )
 from app.sessions.pinned import Pinned, pinned_by
-from app.sessions.prompts import PromptField, fitting_defaults
+from app.sessions.prompts import PromptField, entered_secretly, fitting_defaults
 from app.sessions.requests import ResumeBody
 from app.sessions.session import AnsweredPrompt, PluginRun, Session
 from app.sessions.store import Store
@@ -35,10 +37,15 @@ from app.settings import ConfigFile
 from app.steps import changes, provenance, publish
 from app.steps.plugins import registry
 from app.steps.plugins.host import Asked as AskedByPlugin
-from app.steps.plugins.host import Broken, Context, Host, Line, Ran, Task, Unavailable
+from app.steps.plugins.host import Broken, Context, Host, Line, Ran, Task, Unavailable, redacted
 from app.steps.plugins.registry import Manifest
 
 _BAD: tuple[PluginStatus, ...] = ("failed", "timeout", "policy_violation")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+ROOM = 64 * 1024**2
+"""Bytes that are free on a disk that is not full."""
+DEFAULTS_LIMIT = 64 * 1024
+"""Bytes of the answers that another try is offered for one question."""
 _CHANGED = "plugin_changed"
 _WARNINGS = 1000
 _SECRETS_LOST = "The service was restarted before the plugin was through, and keeps no secrets. "
@@ -74,12 +81,21 @@ class PluginPass:
         self._secrets: dict[str, dict[str, dict[str, object]]] = {}
 
     async def learn(self, session_id: str, body: ResumeBody) -> None:
-        """Keep the secrets of an answer that the store has taken, before the plugin runs with it."""
+        """Keep the secrets of an answer that the store has taken, before the plugin runs with it.
+
+        The repeat of an answer may come at any time, and is known by what it holds besides secrets.
+        """
+        session = await self._store.get(session_id)
+        runs = await self._store.plugin_runs(session_id)
         prompts = await self._store.answered(session_id)
         meant = [prompt for prompt in prompts if body.prompt_id in (None, prompt.prompt_id)]
-        if not meant:
+        planned = pinned_by(session).plugins[len(runs) :]
+        if session.terminal or not meant or not planned or meant[-1].plugin != planned[0].name:
             return
-        values = {field.id: body.extra_inputs.get(field.id) for field in meant[-1].fields if field.secret}
+        try:
+            values = entered_secretly(meant[-1].fields, body.extra_inputs)
+        except InputInvalid:
+            return
         if values:
             self._secrets.setdefault(session_id, {}).setdefault(meant[-1].prompt_id, values)
 
@@ -89,6 +105,12 @@ class PluginPass:
 
     async def step(self, session: Session) -> tuple[Outcome, ...] | Failure:
         """Have the next plugin run, and tell what became of it; or that none is left."""
+        result = await self._step(session)
+        if isinstance(result, tuple) and not any(isinstance(outcome, Asked) for outcome in result):
+            self.forget(session.session_id)
+        return result
+
+    async def _step(self, session: Session) -> tuple[Outcome, ...] | Failure:
         pinned = pinned_by(session)
         runs = await self._store.plugin_runs(session.session_id)
         if pinned.plugins_fatal and runs and runs[-1].status in _BAD:
@@ -117,7 +139,11 @@ class PluginPass:
             manifest = catalogue.named(planned.name)
             if manifest is None:
                 continue
-            complaints = await self._host.validate(manifest, _variables(session))
+            aside = known(session.tree).parent / "validation"
+            try:
+                complaints = await self._host.validate(manifest, _variables(session), aside)
+            finally:
+                await thread(publish.forget, aside / "tree")
             if complaints and not isinstance(complaints, Broken):
                 return Failure(
                     code="plugin_variable_validation_failed",
@@ -159,7 +185,6 @@ class PluginPass:
         if outcome.status in _BAD and not await self._untouched(session, tree):
             message = f"The plugin {turn.plugin} reached the files that others had built."
             return Failure(code="staging_lost", message=message)
-        self.forget(session.session_id)
         return (*changed, outcome)
 
     async def _run(
@@ -170,16 +195,34 @@ class PluginPass:
         answered: list[AnsweredPrompt],
         secrets: Mapping[str, dict[str, object]],
     ) -> PluginRan | Asked:
-        begun = Progressed(current=turn.ordinal - 1, total=turn.total, plugin=turn.plugin)
-        await telling.tell(self._store, session, begun)
+        if session.blocked_on is None:
+            begun = Progressed(current=turn.ordinal - 1, total=turn.total, plugin=turn.plugin)
+            await telling.tell(self._store, session, begun)
         tree = await thread(publish.branch, known(session.tree))
         task = _task(session, turn, tree, files, answered, secrets)
+        full: OSError | None = None
+        kept = False
+        try:
+            outcome = await self._on_copy(session, turn, task)
+            kept = isinstance(outcome, PluginRan) and outcome.tree is not None
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            full = error
+        finally:
+            # Before what is in the way is recorded, which may need the very room that the copy takes.
+            if not kept:
+                await thread(publish.forget, tree)
+        if full is None:
+            return outcome
+        if not await thread(_has_room, known(session.tree)):
+            raise full
+        return turn.ran("failed", "it ran out of room on a disk that has some without it")
+
+    async def _on_copy(self, session: Session, turn: _Turn, task: Task) -> PluginRan | Asked:
         async with telling.progress(self._store, session, plugin=turn.plugin) as progress:
             ended = await self._host.run(task, progress)
-        outcome = await self._judged(session, turn, tree, ended)
-        if not isinstance(outcome, PluginRan) or outcome.tree is None:
-            await thread(publish.forget, tree)
-        return outcome
+        return await self._judged(session, turn, task, ended)
 
     async def _changed(self, session: Session, before: str | None, turn: _Turn) -> tuple[Warned, ...]:
         """A warning, once, where the plugin is another one than was there when the session began."""
@@ -198,7 +241,7 @@ class PluginPass:
         return await thread(publish.verify, tree, digest, owned=provenance.OWNED)
 
     async def _judged(
-        self, session: Session, turn: _Turn, tree: Path, ended: Ran | AskedByPlugin | Broken
+        self, session: Session, turn: _Turn, task: Task, ended: Ran | AskedByPlugin | Broken
     ) -> PluginRan | Asked:
         said = _said(ended.log)
         match ended:
@@ -210,7 +253,7 @@ class PluginPass:
             case Broken():
                 ran = turn.ran(ended.status, ended.message)
             case Ran():
-                ran = await thread(_kept, known(session.tree), tree, turn, pinned_by(session).answers_file)
+                ran = await thread(_kept, known(session.tree), turn, task)
         used = msgspec.structs.asdict(ended.usage)
         return msgspec.structs.replace(ran, log=said, **used)
 
@@ -225,7 +268,7 @@ class PluginPass:
             return "it asked with no fields, or with two of one id"
         if session.retry_of is not None:
             earlier = await self._store.answered(session.retry_of)
-            fields = fitting_defaults(fields, _values(earlier, turn.plugin, asked.file))
+            fields = fitting_defaults(fields, _values(earlier, turn.plugin, asked.file), DEFAULTS_LIMIT)
         return _asked(turn.plugin, asked.file, asked.reason, fields, _said(asked.log))
 
 
@@ -280,7 +323,7 @@ def _asked(
         prompt_id=str(uuid_utils.uuid7()),
         plugin=plugin,
         file=file,
-        reason=reason,
+        reason=reason.replace("\0", ""),  # SQLite's JSON ends a text there
         fields=tuple(msgspec.Raw(msgspec.json.encode(field)) for field in fields),
         log=said,
     )
@@ -309,13 +352,10 @@ def _task(
     pinned = pinned_by(session)
     answers: dict[str, dict[str, object]] = {}
     for prompt in answered:
-        known_values = {
-            name: value for name, value in secrets.get(prompt.prompt_id, {}).items() if value is not None
-        }
-        answers.setdefault(prompt.file or "", {}).update(prompt.answer | known_values)
-    texts = {
-        str(value) for values in secrets.values() for value in values.values() if value not in (None, "")
-    }
+        left_empty: dict[str, object] = dict.fromkeys(field.id for field in prompt.fields)
+        told = left_empty | prompt.answer | secrets.get(prompt.prompt_id, {})
+        answers.setdefault(prompt.file or "", {}).update(told)
+    texts = {str(value) for values in secrets.values() for value in values.values() if _tells(value)}
     return Task(
         manifest=turn.manifest,
         tree=tree,
@@ -336,12 +376,22 @@ def _task(
     )
 
 
-def _kept(before: Path, tree: Path, turn: _Turn, answers_file: str) -> PluginRan:
+def _tells(value: object) -> bool:
+    """Whether a secret can be told from what stands in texts by chance."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and len(str(value)) > 2
+
+
+def _has_room(tree: Path) -> bool:
+    return shutil.disk_usage(tree).free > ROOM
+
+
+def _kept(before: Path, turn: _Turn, task: Task) -> PluginRan:
     """What the plugin made, on the disk; or why it must not be kept."""
-    made = changes.compare(before, tree, protected=changes.protected(answers_file))
+    tree = task.tree
+    made = changes.compare(before, tree, protected=changes.protected(task.context.answers_file))
     if made.violations:
         more = len(made.violations) - 1
-        message = made.violations[0] + (f" (and {more} more)" if more else "")
+        message = redacted(made.violations[0], task.secrets) + (f" (and {more} more)" if more else "")
         return turn.ran("policy_violation", message)
     if not made.affected:
         return turn.ran("success")
@@ -351,7 +401,10 @@ def _kept(before: Path, tree: Path, turn: _Turn, answers_file: str) -> PluginRan
     manifest = publish.seal(tree, owned=provenance.OWNED)
     publish.sync_tree(tree)
     return msgspec.structs.replace(
-        turn.ran("success"), tree=tree, manifest=manifest, files_affected=made.affected
+        turn.ran("success"),
+        tree=tree,
+        manifest=manifest,
+        files_affected=tuple(redacted(path, task.secrets) for path in made.affected),
     )
 
 

@@ -34,6 +34,10 @@ class PromptField(Field, frozen=True, kw_only=True, omit_defaults=False):
     secret: bool = False
 
     def __post_init__(self) -> None:
+        if self.type == "choice" and not self.options:
+            raise ValueError(f"{self.id} offers nothing to choose from")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"{self.id} has a min above its max")
         if self.pattern is not None:
             _matches(self.pattern, "")
 
@@ -43,7 +47,18 @@ def accepted(fields: tuple[PromptField, ...], values: dict[str, object]) -> dict
 
     InputInvalid names the first field whose value does not fit. Keys that were not asked for are left out.
     """
-    kept: dict[str, object] = {}
+    taken = _taken(fields, values)
+    return {field.id: taken[field.id] for field in fields if field.id in taken and not field.secret}
+
+
+def entered_secretly(fields: tuple[PromptField, ...], values: dict[str, object]) -> dict[str, object]:
+    """The values of the secret fields, None for one that was left empty. Raises InputInvalid as `accepted` does."""
+    taken = _taken(fields, values)
+    return {field.id: taken.get(field.id) for field in fields if field.secret}
+
+
+def _taken(fields: tuple[PromptField, ...], values: dict[str, object]) -> dict[str, object]:
+    taken: dict[str, object] = {}
     for field in fields:
         value = values.get(field.id, field.default)
         if value is None or value == "":
@@ -53,19 +68,27 @@ def accepted(fields: tuple[PromptField, ...], values: dict[str, object]) -> dict
         complaint = _complaint(field, value)
         if complaint is not None:
             raise InputInvalid(f"{field.label}: {complaint}", field=field.id)
-        if not field.secret:
-            kept[field.id] = value
-    return kept
+        taken[field.id] = value
+    return taken
 
 
-def fitting_defaults(fields: tuple[PromptField, ...], values: dict[str, object]) -> tuple[PromptField, ...]:
-    """The fields with those of `values` for their defaults that fit; nothing is offered for a secret."""
-    return tuple(
-        msgspec.structs.replace(field, default=values[field.id])
-        if field.id in values and not field.secret and _complaint(field, values[field.id]) is None
-        else field
-        for field in fields
-    )
+def fitting_defaults(
+    fields: tuple[PromptField, ...], values: dict[str, object], room: int
+) -> tuple[PromptField, ...]:
+    """The fields with those of `values` for their defaults that fit; nothing is offered for a secret.
+
+    All of them together take up at most `room` bytes.
+    """
+    offered = []
+    for field in fields:
+        value = values.get(field.id)
+        size = len(msgspec.json.encode(value))
+        if value is None or field.secret or size > room or _complaint(field, value) is not None:
+            offered.append(field)
+        else:
+            room -= size
+            offered.append(msgspec.structs.replace(field, default=value))
+    return tuple(offered)
 
 
 def _complaint(field: PromptField, value: object) -> str | None:

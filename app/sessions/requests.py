@@ -4,9 +4,10 @@ The shapes of the bodies and nothing else; whether their values are good is the 
 """
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from app.errors import ValidationFailed
 
@@ -47,17 +48,21 @@ class RunBody(
 CreateBody = ProjectBody | RunBody
 
 
+Operator = Annotated[str, Meta(max_length=200)]
+"""Who answers or cancels, as an event and the audit tell it."""
+
+
 class ResumeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An operator's answer. Keys of `extra_inputs` that were not asked for are ignored."""
 
     extra_inputs: dict[str, object] = {}
     prompt_id: str | None = None
-    operator: str | None = None
+    operator: Operator | None = None
 
 
 class CancelBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     discard_files: bool = False
-    operator: str | None = None
+    operator: Operator | None = None
 
 
 class RetryBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

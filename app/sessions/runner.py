@@ -84,6 +84,8 @@ class Runner:
         That is `rendering` or `failed`; or still `validating` when something stands in the gate's way, or when
         the store takes no verdict for long.
         """
+        if self.held:
+            await self._until_taken(self._store.mark_idle, session.session_id)
         if self.held or self.draining:
             return session
         judged = self._judging.setdefault(session.session_id, asyncio.get_running_loop().create_future())
@@ -104,7 +106,9 @@ class Runner:
     async def _take(self, session_id: str, body: requests.ResumeBody, caller: Caller) -> Session:
         session = await self._store.answer(session_id, body, caller)
         if session.state is State.PLUGIN_PASS:
-            await self._pipeline.learn(session_id, body)
+            await self._until_taken(self._pipeline.learn, session_id, body)
+            if self.held:
+                await self._until_taken(self._store.mark_idle, session_id)
             self.wake(session_id)
         return session
 
@@ -222,6 +226,8 @@ class Runner:
         if session.cancel is not None:
             self._finish_cancel(session.session_id)
             return
+        # What a dead plugin has left may be what fills the disk, and keep the store from taking a word.
+        await self._pipeline.clear_attempts(session)
         try:
             recovered = await self._pipeline.record(session, Recovered(alone=alone))
         except Moved:

@@ -165,6 +165,10 @@ class Store:
         """The session is on the road again, after it had waited for something to pass."""
         await self._write(lambda tx: moves.write_row(tx.db, session_id, {"driven": 1}))
 
+    async def mark_idle(self, session_id: str) -> None:
+        """The session is not on the road: it belongs to a service that drives nothing."""
+        await self._write(lambda tx: moves.write_row(tx.db, session_id, {"driven": 0}))
+
     async def mark_all_idle(self) -> None:
         """The last word of a service that stops in good order."""
         idle = update(sessions).where(sessions.c.driven == 1).values(driven=0, alone=0)

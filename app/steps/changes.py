@@ -2,10 +2,11 @@
 
 Promises that nothing which the plugin left can hold, lead astray or deceive the comparison: links are not
 followed, pipes are not opened, contents are read whatever their times say, and no depth or number of entries
-is too much. Both trees are only read. What follows from a violation is left to the caller.
+is too much for it. Both trees are only read. What follows from a violation is left to the caller.
 """
 
 import errno
+import math
 import os
 import stat
 import sys
@@ -21,6 +22,10 @@ from app.steps.templates import shown
 
 _READABLE = {stat.S_IFDIR: stat.S_IRUSR | stat.S_IXUSR, stat.S_IFREG: stat.S_IRUSR, stat.S_IFLNK: 0}
 """What may be in a tree, and what its owner must be allowed so that it can be sealed and copied."""
+
+MOST_ADDED = 100_000
+MOST_BYTES = 4 * 1024**3
+"""What a plugin may add: all of it is read, hashed, synced and listed while the session waits."""
 
 # Linux follows 40 links in one path, macOS 32, Windows 63.
 _MOST_LINKS = 64
@@ -76,7 +81,12 @@ def compare(before: Path, after: Path, *, protected: Callable[[str], bool]) -> C
 
     A path is affected when it is in one tree only, or its kind, mode, content or target differ.
     """
-    old, new = _tree(before), _tree(after)
+    old = _tree(before)
+    new = _tree(after, most=len(old) + MOST_ADDED)
+    if len(new) > len(old) + MOST_ADDED:
+        return Changes((), (f"the plugin made more than {MOST_ADDED} files and folders",))
+    if _size(new) > _size(old) + MOST_BYTES:
+        return Changes((), (f"the plugin made more than {MOST_BYTES // 1024**3} GB of files",))
     if new["."].kind != stat.S_IFDIR:
         return Changes((".",), ("the folder that the plugin worked on is gone, or is no folder any more",))
     affected = sorted(path for path in old.keys() | new.keys() if _differs(old.get(path), new.get(path)))
@@ -85,11 +95,16 @@ def compare(before: Path, after: Path, *, protected: Callable[[str], bool]) -> C
     return Changes(tuple(map(_printable, affected)), tuple(violations))
 
 
-def _tree(root: Path) -> _Tree:
-    """All names in a tree by their relative paths, each folder before what is in it."""
+def _size(tree: _Tree) -> int:
+    """Of all files, holes included: whoever reads them reads these too."""
+    return sum(entry.status.st_size for entry in tree.values() if entry.status and entry.kind == stat.S_IFREG)
+
+
+def _tree(root: Path, most: float = math.inf) -> _Tree:
+    """All names in a tree by their relative paths, each folder before what is in it; not many more than `most`."""
     found = {".": _look(str(root))}
     waiting = [(found["."], "")]
-    while waiting:
+    while waiting and len(found) <= most:
         folder, above = waiting.pop()
         for name in _names(folder):
             entry = found[above + name] = _look(os.path.join(folder.path, name))

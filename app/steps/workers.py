@@ -8,6 +8,7 @@ in its own way; tasks and what is told of them are bytes, and mean something onl
 
 import asyncio
 import gc
+import itertools
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -93,24 +94,31 @@ def _running(module: str) -> tuple[str, ...]:
 class Workers:
     """A fixed number of slots; None in a slot is a worker that is to be started by whoever takes it.
 
-    `program` is a module, or what answers the command line, which is then asked anew for each worker.
-    One that has things of its own to end gets `grace` seconds for that.
+    Of `count` slots no more than `warm` have a worker that waits; those are taken first. `program` is a
+    module, or what answers the command line, which is then asked anew for each worker. One that has things
+    of its own to end gets `grace` seconds for that.
     """
 
-    def __init__(self, program: str | Command, count: int, *, grace: float = 0.0) -> None:
+    def __init__(
+        self, program: str | Command, count: int, *, warm: int | None = None, grace: float = 0.0
+    ) -> None:
         self._command = partial(_running, program) if isinstance(program, str) else program
         self._count = count
+        self._warm = count if warm is None else warm
         self._grace = grace
-        self._slots: asyncio.Queue[Worker | None] = asyncio.Queue()
+        # Those with a worker come before the empty ones.
+        self._slots: asyncio.PriorityQueue[tuple[bool, int, Worker | None]] = asyncio.PriorityQueue()
+        self._tickets = itertools.count()
+        self._waiting = 0
         self._warming: set[asyncio.Task[Worker]] = set()
         self._closed = False
         self.greeting = b""  # of the worker that was the last to get ready
         for _ in range(count):
-            self._slots.put_nowait(None)
+            self._put(None)
 
     def warm(self) -> None:
         """Start the workers in the background."""
-        for _ in range(self._slots.qsize()):
+        for _ in range(self._warm):
             self._slots.get_nowait()
             self._replace()
 
@@ -126,8 +134,8 @@ class Workers:
         try:
             yield worker
         finally:
-            if worker.idle:
-                self._slots.put_nowait(worker)
+            if worker.idle and self._waiting < self._warm:
+                self._put(worker)
             else:
                 try:
                     await worker.process.kill(self._grace)
@@ -140,11 +148,20 @@ class Workers:
         for warming in self._warming:
             warming.cancel()
         for _ in range(self._count):
-            if (worker := await self._slots.get()) is not None:
+            if (worker := await self._get()) is not None:
                 await worker.process.kill()
 
+    async def _get(self) -> Worker | None:
+        _, _, worker = await self._slots.get()
+        self._waiting -= worker is not None
+        return worker
+
+    def _put(self, worker: Worker | None) -> None:
+        self._waiting += worker is not None
+        self._slots.put_nowait((worker is None, next(self._tickets), worker))
+
     async def _taken(self) -> Worker:
-        worker = await self._slots.get()
+        worker = await self._get()
         try:
             if worker and worker.process.alive and worker.command == self._command():
                 return worker
@@ -152,7 +169,7 @@ class Workers:
                 await worker.process.kill()
             return await self._started()
         except BaseException:
-            self._slots.put_nowait(None)
+            self._put(None)
             raise
 
     async def _started(self) -> Worker:
@@ -161,8 +178,8 @@ class Workers:
         return worker
 
     def _replace(self) -> None:
-        if self._closed:
-            self._slots.put_nowait(None)
+        if self._closed or self._waiting + len(self._warming) >= self._warm:
+            self._put(None)
             return
         warming = asyncio.create_task(self._started())
         self._warming.add(warming)
@@ -174,7 +191,7 @@ class Workers:
         failed = warming.cancelled() or warming.exception()
         if isinstance(failed, BaseException):
             _log.warning("a worker could not be started", command=self._command(), reason=str(failed))
-        self._slots.put_nowait(None if failed else warming.result())
+        self._put(None if failed else warming.result())
 
 
 def serve(perform: Callable[[bytes, Tell], None]) -> None:

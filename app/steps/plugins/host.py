@@ -8,16 +8,17 @@ from it. Whether the fields of a question are good ones is left to the caller to
 """
 
 import asyncio
+import errno
 import json
+import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote, quote_plus
 
 import msgspec
 import structlog
@@ -44,6 +45,15 @@ _MOST_COMPLAINTS = 50
 _TIMEOUT_CODE = 124
 
 
+_WARM = 2
+_KEYS = frozenset(
+    (
+        *("id", "label", "type", "options", "required", "default", "hint", "min", "max", "pattern", "secret"),
+        *("path", "kind", "summary", "detail"),
+    )
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LONGEST_LOGGED = 7999  # one character less than a plugin's process passes on
 _log = structlog.get_logger(__name__)
 
 
@@ -185,9 +195,9 @@ _FROM_SUPERVISOR = msgspec.json.Decoder(_Printed | _Ended | _Refused)
 class Host:
     """As many plugins at once as there are workers; further ones wait for their turn."""
 
-    def __init__(self, python: Callable[[], Path | None], count: int = 4) -> None:
+    def __init__(self, python: Callable[[], Path | None], count: int = 16) -> None:
         self._python = python
-        self._workers = Workers(self._command, count, grace=_ENDING_SECONDS)
+        self._workers = Workers(self._command, count, warm=min(count, _WARM), grace=_ENDING_SECONDS)
 
     @property
     def isolation(self) -> dict[str, str]:
@@ -204,30 +214,29 @@ class Host:
         """End the workers. Plugins that still run are waited for: cancel them before."""
         await self._workers.close()
 
-    async def validate(self, manifest: Manifest, variables: dict[str, object]) -> tuple[str, ...] | Broken:
+    async def validate(
+        self, manifest: Manifest, variables: dict[str, object], aside: Path
+    ) -> tuple[str, ...] | Broken:
         """What the plugin has against the variables; Broken where it is not able to say.
 
-        Raises OSError, BlockedOn and Unavailable.
+        `aside` is a folder that is not there yet, and is the caller's to remove. Raises OSError,
+        BlockedOn and Unavailable.
         """
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="exlab-plugin-"))
-        try:
-            tree = folder / "tree"
-            await asyncio.to_thread(tree.mkdir)
-            context = Context(
-                variables=variables,
-                answers_file="",
-                template_name="",
-                template_version="",
-                run_kind="",
-                equipment_id="",
-                project="",
-                destination=tree,
-            )
-            task = Task(manifest=manifest, tree=tree, scratch=folder / "scratch", files=(), context=context)
-            run = await self._performed(task, _no_progress, validate=True)
-            return run.complaints()
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        tree = aside / "tree"
+        await asyncio.to_thread(tree.mkdir, parents=True)
+        context = Context(
+            variables=variables,
+            answers_file="",
+            template_name="",
+            template_version="",
+            run_kind="",
+            equipment_id="",
+            project="",
+            destination=tree,
+        )
+        task = Task(manifest=manifest, tree=tree, scratch=aside / "scratch", files=(), context=context)
+        run = await self._performed(task, _no_progress, validate=True)
+        return run.complaints()
 
     async def run(self, task: Task, progress: Progress) -> Ran | Asked | Broken:
         """Let the plugin do its work. Raises Unavailable; OSError and BlockedOn for what is in its way from outside.
@@ -323,7 +332,8 @@ class _Run:
             case _Progressed(at):
                 self._progress_to(self._file(at), at)
             case _Logged(level, text):
-                self._log.add_text(level, text)
+                # The plugin's process has cut it, perhaps in the middle of a secret.
+                self._log.add_text(level, self._redacted.cut(text, _LONGEST_LOGGED))
             case _ if self.outcome is not None:
                 self._broken = self._broken or "it ended more than once"
             case _:
@@ -396,8 +406,10 @@ class _Run:
                 return self._failed(message)
             case _Violated(path):
                 return self._broke("policy_violation", f"The plugin reached outside its folder, for {path}.")
-            case _Obstructed(number, reason, path):
-                raise OSError(number, reason, self._redacted.text(path) or None)
+            case _Obstructed(number, _, path) if number in _FULL:
+                raise OSError(number, os.strerror(number), self._redacted.cut(path, _LONGEST_TEXT) or None)
+            case _Obstructed():
+                return self._not_understood("it tells of an error that is not its to tell")
         return None
 
     def _described(self, described: tuple[dict[str, object], ...]) -> Ran | Broken:
@@ -455,19 +467,37 @@ class _Nonsense(Exception):
     """The plugin's process says what the one that was started cannot say."""
 
 
+def redacted(text: str, secrets: Iterable[str]) -> str:
+    """`text` without what must appear nowhere."""
+    return _Redaction(secrets).text(text)
+
+
 class _Redaction:
     """Takes secrets out of texts, also as JSON and Python write them, the longest first."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         written = {form for secret in secrets if secret for form in _forms(secret)}
         longest_first = sorted(written, key=len, reverse=True)
+        self._longest = max(map(len, written), default=0)
         self._secrets = re.compile("|".join(map(re.escape, longest_first))) if written else None
 
     def text(self, text: str) -> str:
         return text if self._secrets is None else self._secrets.sub("***", text)
 
+    def cut(self, text: str, at: int) -> str:
+        """At most `at` characters, of which the last are no beginning of a secret."""
+        return self.text(text if len(text) <= at else text[: max(0, at - self._longest)])
+
     def record(self, record: dict[str, object]) -> dict[str, object]:
-        return {self.text(key): self._value(value, _DEEPEST_FIELDS) for key, value in record.items()}
+        """A description, whose keys and id mean something to those who read it.
+
+        They stay as they are, or, where a secret is in them, are not passed on: a key is left out, an id
+        makes nonsense of the whole.
+        """
+        if isinstance(name := record.get("id"), str) and self.text(name) != name:
+            raise _Nonsense
+        known = {key: value for key, value in record.items() if key in _KEYS or self.text(key) == key}
+        return {key: self._value(value, _DEEPEST_FIELDS) for key, value in known.items()}
 
     def _value(self, value: object, depth: int) -> object:
         if depth == 0:
@@ -479,12 +509,15 @@ class _Redaction:
                 return [self._value(item, depth - 1) for item in value]
             case dict():
                 return {self.text(key): self._value(item, depth - 1) for key, item in value.items()}
+            case int() | float() if self.text(str(value)) != str(value):
+                return None
         return value
 
 
 def _forms(secret: str) -> tuple[str, ...]:
     escaped = (json.dumps(secret), json.dumps(secret, ensure_ascii=False), repr(secret), ascii(secret))
-    return (secret, *(form[1:-1] for form in escaped))
+    encoded = (quote(secret), quote(secret, safe=""), quote_plus(secret), repr(secret.encode())[2:-1])
+    return (secret, *(form[1:-1] for form in escaped), *encoded)
 
 
 class _Log:
@@ -505,9 +538,10 @@ class _Log:
         if not printed.omitted:
             self.add_text("info", printed.head)
             return
-        self.add_text("info", printed.head)
+        # Not the lines that were cut in two: half of a secret is not known for one.
+        self.add_text("info", printed.head.rpartition("\n")[0])
         self._add(Line("warning", f"({printed.omitted} bytes of what the plugin printed are left out here)"))
-        self.add_text("info", printed.tail)
+        self.add_text("info", printed.tail.partition("\n")[2])
 
     def lines(self) -> tuple[Line, ...]:
         if not self._left_out:

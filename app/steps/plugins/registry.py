@@ -82,10 +82,15 @@ class _Unusable(Exception):
 
 def files_below(tree: Path) -> Iterator[str]:
     """The files of a tree, relative and with slashes; links are neither followed nor told."""
-    for folder, _, names in os.walk(tree):
+    for folder, _, names in os.walk(tree, onerror=_raise):
         for name in names:
             if not Path(folder, name).is_symlink():
                 yield Path(folder, name).relative_to(tree).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be read must not pass for an empty one."""
+    raise error
 
 
 def catalogue(folder: Path | None, *, allow_network: bool) -> Catalogue:
