@@ -11,7 +11,9 @@ from app.demo import laboratory
 from app.sessions import lifecycle, requests
 from app.sessions.lifecycle import State
 from app.sessions.moves import Moved
+from app.sessions.pinned import pinned_by
 from app.sessions.requests import CancelBody
+from app.steps.gate import Planned
 from tests.house import CALLER, living, run_body, stopped_in, until
 from tests.service import PATIENCE, Service, body
 
@@ -192,3 +194,23 @@ def test_a_service_that_guessed_its_store_leaves_it_when_the_config_names_anothe
         assert service.process.wait(PATIENCE) == 75
     finally:
         service.kill()
+
+
+async def test_plugins_that_the_first_schema_knew_by_their_names_are_still_known(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await stopped_in(lab, State.RENDERING, monkeypatch)
+    assert session.pinned is not None
+    older = bytes(session.pinned).replace(b'"plugins":[]', b'"plugins":["staining"]')
+    assert older != bytes(session.pinned)
+    taken_up = msgspec.structs.replace(session, pinned=msgspec.Raw(older))
+    assert pinned_by(taken_up).plugins == (Planned("staining", None),)
+
+
+async def test_a_held_service_leaves_no_session_as_if_it_had_died_with_it(lab: Path) -> None:
+    async with living(lab, held=True) as house:
+        session, _ = await house.store.create(run_body(lab), CALLER)
+        await house.runner.admit(session)
+    async with living(lab, held=True) as house:
+        [found] = await house.store.take_stock()
+    assert found.step_deaths == 0
