@@ -293,9 +293,9 @@ def test_the_example_that_asks_leads_to_a_published_sheet(config: Path) -> None:
     assert (found["slide_box"], found["laser_power"], found["operator"]) == ("SB-0042", 2, "asmith")
 
 
-async def test_the_plugin_has_no_complaint_about_its_example(trial: Trial) -> None:
-    assert await trial.host.validate(trial.manifest, trial.context.variables) == ()
-    assert await trial.host.validate(trial.manifest, {}) == (
+async def test_the_plugin_has_no_complaint_about_its_example(trial: Trial, tmp_path: Path) -> None:
+    assert await trial.host.validate(trial.manifest, trial.context.variables, tmp_path / "one") == ()
+    assert await trial.host.validate(trial.manifest, {}, tmp_path / "two") == (
         "required variable 'sample' is missing or empty",
     )
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import BadZipFile
 
-from exlab_sessions import plugins
-from exlab_sessions.plugins import FileChange, PluginContext, PluginError, PluginInputRequired
 from openpyxl import load_workbook
 from openpyxl.cell.cell import Cell
 from openpyxl.utils.exceptions import IllegalCharacterError, InvalidFileException
 from openpyxl.workbook import Workbook
+
+from exlab_sessions import plugins
+from exlab_sessions.plugins import FileChange, PluginContext, PluginError, PluginInputRequired
 
 # What is asked for, by the name of the cell. The service shows these fields to the operator, and takes only values
 # that fit: the plugin need not check them again.
