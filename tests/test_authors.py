@@ -181,6 +181,44 @@ class TestLintOfPlugins:
         assert run("plugins", "lint", plugin(tmp_path / "p", code)).exit_code == 1
         assert not (tmp_path / "trace").exists()
 
+    @pytest.mark.parametrize(
+        "more",
+        [
+            "    required_variables = [['a']]\n",
+            "    supported_extensions = {[1]: 2}\n",
+            f"    version = 0x{'f' * 5000}\n",
+            f"if {' + '.join('1' * 900)}:\n    pass\n",
+            "if 1:\n    pass\n" + "elif 1:\n    pass\n" * 900,
+            f"def late():\n    import {'n' * 300}\n",
+        ],
+    )
+    def test_odd_code_is_looked_over_as_any_other(self, tmp_path: Path, more: str) -> None:
+        result = run("plugins", "lint", plugin(tmp_path, GOOD + more), "--json")
+        assert result.exit_code in (0, 1)
+        assert all(each["what"] for each in told(result))
+
+    def test_only_files_are_read_as_code(self, tmp_path: Path) -> None:
+        made = plugin(tmp_path)
+        os.mkfifo(made / "pipe.py")
+        (made / "vendored.py").mkdir()
+        result = subprocess.run(
+            [sys.executable, "-m", "app.cli", "plugins", "lint", str(made)],
+            cwd=ROOT,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        assert result.stdout.decode().endswith("ok\n")
+
+    def test_a_missing_package_is_told_beside_an_import_of_main(self, tmp_path: Path) -> None:
+        result = run("plugins", "lint", plugin(tmp_path, "import __main__\nimport pandsa\n" + GOOD), "--json")
+        assert "imports pandsa, which is not there" in {each["what"] for each in told(result)}
+
+    def test_a_folder_with_the_name_of_a_package_is_a_warning(self, tmp_path: Path) -> None:
+        (one,) = told(run("plugins", "lint", plugin(tmp_path, name="msgspec"), "--json"))
+        assert (one["level"], one["where"]) == ("warning", str(tmp_path / "msgspec"))
+        assert "has the name of a module of" in one["what"]
+
     def test_variables_that_it_requires_are_made_up(self, tmp_path: Path) -> None:
         assert run("plugins", "lint", plugin(tmp_path, required_variables=["sample"])).exit_code == 0
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -119,6 +120,14 @@ HOSTILE = {
         doing(
             "import threading, time; [threading.Thread(target=time.sleep, args=(1000,)).start() for _ in range(5)]"
         ),
+        "timeout",
+        "1 seconds",
+        1,
+    ),
+    "daemon threads": Hostile(
+        doing(
+            "import threading, time; threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()"
+        ),
         "ran",
     ),
     # It multiplies.
@@ -188,6 +197,15 @@ HOSTILE = {
         ),
         "failed",
         "128 MB",
+    ),
+    "memory in files that have no name": Hostile(
+        doing(
+            "import os, time\nfor n in range(5):\n    file = os.memfd_create('kept')\n"
+            "    for _ in range(40): os.write(file, bytes(1 << 20))\ntime.sleep(1000)"
+        ),
+        "failed",
+        "128 MB",
+        needs=sys.platform == "linux",
     ),
     "a file of a gigabyte": Hostile(
         doing(

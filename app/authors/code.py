@@ -33,9 +33,16 @@ _API = ("plugins", "plugins.base", "plugins.logger", "errors")
 _OURS = {name: tuple(f"{name}.{each}" for each in _API) for name in ("exlab_sessions", "exlab_wizard")}
 """What plugins are built on, and all that there is below these names."""
 
-_NOT_THERE = """
+_THERE = """
 import importlib.util, json, sys
-print(json.dumps([name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]))
+
+def there(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # so says one that is there and has no spec, such as __main__
+        return name in sys.modules
+
+print(json.dumps([name for name in sys.argv[1:] if there(name)]))
 """
 
 
@@ -70,7 +77,7 @@ def _parsed(folder: Path) -> tuple[dict[Path, ast.Module], tuple[Complaint, ...]
     """The code of a plugin as trees, and what could not be read of it. Nothing of it runs."""
     parsed: dict[Path, ast.Module] = {}
     complaints: list[Complaint] = []
-    for path in sorted(folder.rglob("*.py"))[:_MOST_FILES]:
+    for path in [each for each in sorted(folder.rglob("*.py")) if os.path.isfile(each)][:_MOST_FILES]:
         try:
             if path.stat().st_size > _MOST_CODE:
                 raise ValueError("is larger than 1 MiB")
@@ -109,7 +116,9 @@ def _of_exports(path: Path, tree: ast.Module) -> Iterator[Complaint]:
 
 def _origins(statements: Iterable[ast.stmt]) -> Iterator[str]:
     """Where each Plugin of a module comes from: the name of a module, or nothing where it is made in place."""
-    for statement in statements:
+    waiting = list(statements)
+    while waiting:
+        statement = waiting.pop()
         match statement:
             case ast.ClassDef(name="Plugin"):
                 yield ""
@@ -123,8 +132,7 @@ def _origins(statements: Iterable[ast.stmt]) -> Iterator[str]:
                 origin = statement.module or "" if isinstance(statement, ast.ImportFrom) else ""
                 yield from (origin for each in names if (each.asname or each.name) in ("Plugin", "*"))
             case ast.If() | ast.Try() | ast.With():
-                inner = (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.stmt))
-                yield from _origins(inner)
+                waiting += (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.stmt))
 
 
 def _of_attributes(path: Path, tree: ast.Module, manifest: Manifest) -> Iterator[Complaint]:
@@ -149,22 +157,31 @@ def _literals(made: ast.ClassDef) -> Iterator[tuple[str, int, object]]:
             case _:
                 continue
         try:
-            yield name, statement.lineno, ast.literal_eval(value)
-        except ValueError:  # computed: only running it can tell
+            literal = ast.literal_eval(value)
+            repr(literal)
+        # Computed, or nothing that can be or be shown: only running it can tell.
+        except (ValueError, TypeError, RecursionError, MemoryError, SyntaxError):
             continue
+        yield name, statement.lineno, literal
 
 
 def _compared(name: str, value: object) -> object:
     if not isinstance(value, list | tuple | set | frozenset):
         return value
-    return {str(each).lower() if name == "supported_extensions" else each for each in value}
+    return {repr(each).lower() if name == "supported_extensions" else repr(each) for each in value}
 
 
 def _of_imports(folder: Path, parsed: dict[Path, ast.Module], python: Path) -> Iterator[Complaint]:
     wanted = [(path, line, name) for path, tree in parsed.items() for line, name in _imports(tree)]
     tops = {name.split(".")[0] for _, _, name in wanted} - {*_OURS, folder.absolute().name}
     # A plugin finds what lies beside it, too.
-    missing = set(_not_there(python, sorted(top for top in tops if not (folder.parent / top).exists())))
+    asked = sorted(top for top in tops if not os.path.exists(folder.parent / top))
+    own = folder.absolute().name
+    there = _there(python, [own, *asked])
+    missing = set(asked).difference(there) if there is not None else set()
+    if own in (there or ()) and own not in {*sys.stdlib_module_names, *_OURS, "app"}:
+        what = f"has the name of a module of {python}, which its imports of {own} then do not find"
+        yield Complaint("warning", what, str(folder), "give its folder another name")
     for path, line, name in wanted:
         top = name.split(".")[0]
         if top in missing:
@@ -180,8 +197,7 @@ def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
     spared = {
         id(inner)
         for each in ast.walk(tree)
-        if isinstance(each, ast.Try)
-        or (isinstance(each, ast.If) and "TYPE_CHECKING" in ast.unparse(each.test))
+        if isinstance(each, ast.Try) or (isinstance(each, ast.If) and _is_for_types(each.test))
         for inner in ast.walk(each)
     }
     for each in ast.walk(tree):
@@ -193,15 +209,22 @@ def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield each.lineno, each.module
 
 
-def _not_there(python: Path, names: list[str]) -> list[str]:
-    """Those of `names` that an interpreter has no module for; none where it cannot be asked."""
-    command = [str(python), "-I", "-c", _NOT_THERE, *names[:_MOST_FILES]]
+def _is_for_types(test: ast.expr) -> bool:
+    return any(
+        isinstance(each, ast.Name | ast.Attribute)
+        and (each.id if isinstance(each, ast.Name) else each.attr) == "TYPE_CHECKING"
+        for each in ast.walk(test)
+    )
+
+
+def _there(python: Path, names: list[str]) -> set[str] | None:
+    """Those of `names` that an interpreter has a module for; None where it cannot be asked."""
+    command = [str(python), "-I", "-c", _THERE, *(name for name in names if name.isidentifier())]
     try:
         asked = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True)
-        missing: list[str] = json.loads(asked.stdout)
+        return set(json.loads(asked.stdout))
     except (OSError, ValueError, subprocess.SubprocessError):
-        return []
-    return missing
+        return None
 
 
 async def _of_loading(manifest: Manifest, now: Settings, where: Path) -> list[Complaint]:

@@ -1,13 +1,16 @@
 """In a plugin's own process: its class is loaded, its hooks are called in order, their outcome is told.
 
 Promises that whatever a plugin raises ends as a value that is told once, that nothing of this service
-is left for the plugin to import but the API, and that a fork which comes back out of a hook tells
-nothing. What the process may reach and use is `supervision.py`'s affair, what is told its reader's to judge:
-a plugin can make this process say anything.
+is left for the plugin to import but the API, that a fork which comes back out of a hook tells nothing,
+and that success is told when the plugin's threads have ended and its files are written to their end.
+What the process may reach and use is `supervision.py`'s affair, what is told its reader's to judge: a
+plugin can make this process say anything.
 """
 
 import errno
+import gc
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -15,7 +18,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,6 +107,54 @@ def _flush() -> None:
             continue
 
 
+def _let_threads_end() -> None:
+    """Wait for threads and executors, as an interpreter does before it ends; daemons it leaves."""
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public way
+
+
+def _write_to_the_end() -> None:
+    """Write what the plugin's open files have not yet written. Raises PluginError, and OSError where the disk is full.
+
+    What is made of Python, such as a compressed file, is complete only when it is closed, and writes
+    into others then.
+    """
+    left = [each for each in _open_files() if _wants_writing(each)]
+    for file in left:
+        _finish(file, file.flush)
+    for file in left:
+        if type(file).__module__ != "_io" and _wants_writing(file):
+            _finish(file, file.close)
+    for file in left:
+        if _wants_writing(file):
+            _finish(file, file.flush)
+
+
+def _open_files() -> list[Any]:
+    """Those of the plugin: what this process had before it came is frozen, and not listed.
+
+    By their types, as to ask a foreign object for its class can run code of its own.
+    """
+    kind = io.IOBase.__base__
+    return [each for each in gc.get_objects() if kind in type(each).__mro__]
+
+
+def _wants_writing(file: Any) -> bool:
+    try:
+        return not file.closed and bool(file.writable())
+    except Exception:  # noqa: BLE001 - detached, or never quite opened
+        return False
+
+
+def _finish(file: Any, how: Callable[[], object]) -> None:
+    try:
+        how()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise
+        name, why = _text(getattr(file, "name", type(file).__name__)), _text(error)
+        raise api.PluginError(f"{name} was left open and cannot be written to its end: {why}") from error
+
+
 class Pass:
     """One plugin and its files."""
 
@@ -146,6 +197,9 @@ class Pass:
                 self._plugin.transform(path, context)
         self._at = None
         self._call("post_transform_all")
+        self._only_at_home()
+        _let_threads_end()
+        _write_to_the_end()
         return {"kind": "ran", "described": described}
 
     def outcome_of(self, error: BaseException) -> Report:
@@ -184,12 +238,8 @@ class Pass:
             found(self._context())
 
     def _context(self) -> api.PluginContext:
-        """Made anew for each call, around the one dict of variables, as plugins may keep things in it.
-
-        A fork that has come back out of the hook before ends here.
-        """
-        if not self._telling.at_home:
-            os._exit(0)
+        """Made anew for each call, around the one dict of variables, as plugins may keep things in it."""
+        self._only_at_home()
         at = None if self._at is None else self._task["files"][self._at]
         extra = {**self._answers.get("", {}), **(self._answers.get(at, {}) if at else {})}
         self._variables.pop("__extra_inputs__", None)
@@ -210,6 +260,11 @@ class Pass:
             extra_inputs=extra,
             destination=Path(told["destination"]),
         )
+
+    def _only_at_home(self) -> None:
+        """End a fork that has come back out of a hook."""
+        if not self._telling.at_home:
+            os._exit(0)
 
     def _described(self, path: Path, context: api.PluginContext) -> list[Report]:
         describe = getattr(self._plugin, "describe_changes", None)
@@ -312,7 +367,11 @@ def loaded(task: dict[str, Any]) -> Any:
 
 
 def leave_only_the_api() -> None:
-    """Give the API all the names that plugins know it by, and forget all else of this service."""
+    """Give the API all the names that plugins know it by, and forget all else of this service.
+
+    The script too: `multiprocessing` has the processes that it spawns run the file of `__main__` again.
+    """
+    sys.modules["__main__"] = types.ModuleType("__main__")
     for name in [name for name in sys.modules if name.split(".")[0] == "app"]:
         del sys.modules[name]
     for package in ("exlab_sessions", "exlab_wizard"):

@@ -26,6 +26,9 @@ if sys.platform != "win32":
 del sys.path[0]
 
 
+_ESCAPES = ", unless it ends its supervisor; SysV shared memory stays"
+
+
 def main() -> None:
     """Get ready, say so, do the one task, and wait to be let go.
 
@@ -66,7 +69,7 @@ def isolation(ground: confinement.Ground) -> dict[str, str]:
     }
     if sys.platform != "win32":
         told |= {
-            "ends_with_the_plugin": "its process group is killed",
+            "ends_with_the_plugin": f"its process group is killed{_ESCAPES}",
             "cpu": "as its manifest allows time, on every processor",
             "file_size": f"{supervision.FILE_MB} MB",
             "open_files": str(supervision.HANDLES),
@@ -79,21 +82,21 @@ def isolation(ground: confinement.Ground) -> dict[str, str]:
 
 def _on_linux(ground: confinement.Ground, abi: int) -> dict[str, str]:
     told = {
-        "ends_with_the_plugin": "all that descend from it are killed",
+        "ends_with_the_plugin": f"all that descend from it are killed{_ESCAPES}",
         "memory": "as its manifest says, all its processes added up",
         "privileges": "none, and no way to any",
     }
     if abi:
-        told["files"] = f"Landlock {abi}"
+        told["files"] = f"Landlock {abi}, but not modes, owners and times of the user's other files"
     if abi >= 4:
         told["network"] = "no TCP"
     if abi >= 6:
-        told["signals"] = "none to processes of others"
+        told["signals"] = "none to processes of others, but limits (prlimit) that end those of the user"
     if ground.processes:
         told |= dict.fromkeys(("ends_with_the_plugin", "signals"), "process-id namespace")
         told |= {"network": "network namespace", "ends_with_the_service": "parent-death signal"}
     if ground.mounts:
-        told["files"] = f"read-only mounts, {told.get('files', 'no Landlock')}"
+        told["files"] = f"read-only mounts, {f'Landlock {abi}' if abi else 'no Landlock'}"
         told["sockets_of_others"] = "hidden, those in /run and /tmp"
     return told
 
