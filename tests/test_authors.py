@@ -188,7 +188,6 @@ class TestLintOfPlugins:
             "    supported_extensions = {[1]: 2}\n",
             f"    version = 0x{'f' * 5000}\n",
             f"if {' + '.join('1' * 900)}:\n    pass\n",
-            "if 1:\n    pass\n" + "elif 1:\n    pass\n" * 900,
             f"def late():\n    import {'n' * 300}\n",
         ],
     )

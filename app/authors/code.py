@@ -116,9 +116,7 @@ def _of_exports(path: Path, tree: ast.Module) -> Iterator[Complaint]:
 
 def _origins(statements: Iterable[ast.stmt]) -> Iterator[str]:
     """Where each Plugin of a module comes from: the name of a module, or nothing where it is made in place."""
-    waiting = list(statements)
-    while waiting:
-        statement = waiting.pop()
+    for statement in statements:
         match statement:
             case ast.ClassDef(name="Plugin"):
                 yield ""
@@ -132,7 +130,8 @@ def _origins(statements: Iterable[ast.stmt]) -> Iterator[str]:
                 origin = statement.module or "" if isinstance(statement, ast.ImportFrom) else ""
                 yield from (origin for each in names if (each.asname or each.name) in ("Plugin", "*"))
             case ast.If() | ast.Try() | ast.With():
-                waiting += (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.stmt))
+                inner = (each for each in ast.iter_child_nodes(statement) if isinstance(each, ast.stmt))
+                yield from _origins(inner)
 
 
 def _of_attributes(path: Path, tree: ast.Module, manifest: Manifest) -> Iterator[Complaint]:
