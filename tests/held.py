@@ -31,13 +31,15 @@ from app.sessions.lifecycle import (
     Transformed,
     Warned,
 )
+from app.sessions.pinned import Pinned, encoded
 from app.sessions.pipeline import Pipeline
 from app.sessions.plugin_pass import PluginPass
 from app.sessions.requests import CreateBody, ResumeBody, decode
 from app.sessions.runner import Runner
 from app.sessions.session import Caller, Session
 from app.sessions.store import Store
-from app.settings import ConfigFile
+from app.settings import ConfigFile, Equipment, Validator
+from app.steps import gate
 from app.steps.plugins.host import Host
 from app.steps.render import Renderer
 from app.web import doors
@@ -45,6 +47,22 @@ from tests.service import PATIENCE
 
 CALLER = Caller(principal="local", trace_id="test")
 FIELD = msgspec.Raw(b'{"id":"dose","label":"Dose","type":"number","required":true}')
+PINNED = Pinned(
+    label="Pilot",
+    operator="asmith",
+    objective="See",
+    equipment=Equipment(id="CONFOCAL_01", label="Confocal", local_root="/data", nas_root="/nas"),
+    template="project",
+    template_version="1",
+    template_path=Path("/templates/project"),
+    run_scope=None,
+    plugins=(gate.Planned("doser", "1.0"),),
+    readme=gate.ReadmeValues(template_fields={}, config_fields={}, custom_fields=()),
+    answers={},
+    lims_project={},
+    nas_path="/nas",
+    rules=Validator(),
+)
 
 _numbers = itertools.count(1)
 
@@ -189,7 +207,7 @@ def accepted() -> Accepted:
         project_key=key,
         project_short_id="PROJ-1",
         local_root=Path("/data"),
-        pinned=msgspec.Raw(b"{}"),
+        pinned=encoded(PINNED),
     )
 
 

@@ -131,7 +131,7 @@ class TestLintOfPlugins:
             ("import pandsa\n" + GOOD, ":1", "imports pandsa, which is not there"),
             ("def late():\n    from pandsa.io import read\n" + GOOD, ":2", "imports pandsa.io"),
             ("from exlab_wizard.logging import get_logger\n" + GOOD, ":1", "exlab_wizard.logging, which"),
-            ("import app.settings\n" + GOOD, "", "No module named 'app"),
+            ("import app.settings\n" + GOOD, ":1", "imports app.settings, which is not for plugins"),
             (GOOD + "\n    name = 'other'\n", ":10", "Plugin.name is 'other', and 'stamp' in manifest.yml"),
             (
                 GOOD + "\n    supported_extensions: list[str] = ['.csv']\n",

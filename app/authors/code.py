@@ -30,8 +30,11 @@ _ATTRIBUTES = (
     *("supported_extensions", "required_variables", "optional_variables"),
 )
 _API = ("plugins", "plugins.base", "plugins.logger", "errors")
-_OURS = {name: tuple(f"{name}.{each}" for each in _API) for name in ("exlab_sessions", "exlab_wizard")}
-"""What plugins are built on, and all that there is below these names."""
+_PACKAGES = ("exlab_sessions", "exlab_wizard")
+_FOUND = tuple(f"{package}.{each}" for package in _PACKAGES for each in _API)
+"""What plugins are built on."""
+_OURS = (*_PACKAGES, "app")
+"""Nothing else below these names is for plugins, be it installed or not."""
 
 _THERE = """
 import importlib.util, json, sys
@@ -109,7 +112,7 @@ def _of_exports(path: Path, tree: ast.Module) -> Iterator[Complaint]:
     origins = list(_origins(tree.body))
     if not origins:
         yield _error("exports no Plugin", path, "end it with: from .plugin import MyPlugin as Plugin")
-    elif set(origins) <= {name for names in _OURS.values() for name in names}:
+    elif set(origins) <= set(_FOUND):
         what = "exports the Plugin that it imports, and none of its own"
         yield _error(what, path, "call your class Plugin, or import it under this name")
 
@@ -178,7 +181,7 @@ def _of_imports(folder: Path, parsed: dict[Path, ast.Module], python: Path) -> I
     own = folder.absolute().name
     there = _there(python, [own, *asked])
     missing = set(asked).difference(there) if there is not None else set()
-    if own in (there or ()) and own not in {*sys.stdlib_module_names, *_OURS, "app"}:
+    if own in (there or ()) and own not in {*sys.stdlib_module_names, *_OURS}:
         what = f"has the name of a module of {python}, which its imports of {own} then do not find"
         yield Complaint("warning", what, str(folder), "give its folder another name")
     for path, line, name in wanted:
@@ -186,9 +189,9 @@ def _of_imports(folder: Path, parsed: dict[Path, ast.Module], python: Path) -> I
         if top in missing:
             advice = f"install it where {python} finds it, or name another interpreter by plugins.python"
             yield _error(f"imports {name}, which is not there", f"{path}:{line}", advice)
-        elif top in _OURS and not any(each == name or each.startswith(f"{name}.") for each in _OURS[top]):
-            advice = f"plugins find {', '.join(_OURS[top])}"
-            yield _error(f"imports {name}, which plugins do not find", f"{path}:{line}", advice)
+        elif top in _OURS and not any(each == name or each.startswith(f"{name}.") for each in _FOUND):
+            advice = f"plugins find {', '.join(_FOUND)}"
+            yield _error(f"imports {name}, which is not for plugins", f"{path}:{line}", advice)
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:

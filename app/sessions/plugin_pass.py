@@ -85,19 +85,20 @@ class PluginPass:
 
         The repeat of an answer may come at any time, and is known by what it holds besides secrets.
         """
-        session = await self._store.get(session_id)
-        runs = await self._store.plugin_runs(session_id)
         prompts = await self._store.answered(session_id)
         meant = [prompt for prompt in prompts if body.prompt_id in (None, prompt.prompt_id)]
+        if not meant or not any(field.secret for field in meant[-1].fields):
+            return
+        session = await self._store.get(session_id)
+        runs = await self._store.plugin_runs(session_id)
         planned = pinned_by(session).plugins[len(runs) :]
-        if session.terminal or not meant or not planned or meant[-1].plugin != planned[0].name:
+        if session.terminal or not planned or meant[-1].plugin != planned[0].name:
             return
         try:
             values = entered_secretly(meant[-1].fields, body.extra_inputs)
         except InputInvalid:
             return
-        if values:
-            self._secrets.setdefault(session_id, {}).setdefault(meant[-1].prompt_id, values)
+        self._secrets.setdefault(session_id, {}).setdefault(meant[-1].prompt_id, values)
 
     def forget(self, session_id: str) -> None:
         """The session is over, or the plugin through that was told a secret."""
