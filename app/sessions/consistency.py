@@ -6,6 +6,7 @@ run beside it, the disk by looking. What a history says is derived anew from its
 guards is found out. Nothing is mended: each complaint says what to do.
 """
 
+import functools
 import itertools
 import sqlite3
 import tempfile
@@ -107,6 +108,7 @@ def _open(path: Path) -> sqlite3.Connection:
 # The file
 
 
+@functools.cache
 def _made() -> _Made:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"

@@ -140,7 +140,7 @@ class PluginPass:
             manifest = catalogue.named(planned.name)
             if manifest is None:
                 continue
-            aside = known(session.tree).parent / "validation"
+            aside = publish.attempt(known(session.tree).parents[1])
             try:
                 complaints = await self._host.validate(manifest, _variables(session), aside)
             finally:

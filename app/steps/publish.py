@@ -59,6 +59,11 @@ def residents(local_root: Path) -> tuple[str, ...]:
     return tuple(sorted({name.removesuffix(_GONE) for name in os.listdir(local_root / STAGING)}))
 
 
+def attempt(session_folder: Path) -> Path:
+    """A folder that nobody has used, to be made by the caller; if a crash leaves it, it goes with `only` or `prepare`."""
+    return session_folder / secrets.token_hex(4)
+
+
 def prepare(session_folder: Path, destination: Path) -> Path:
     """Makes the folder of a new attempt and the empty tree in it, after removing those of dead attempts.
 
@@ -67,9 +72,9 @@ def prepare(session_folder: Path, destination: Path) -> Path:
     _require_root(session_folder)
     session_folder.mkdir(exist_ok=True)
     _clear_attempts(session_folder, but=None)
-    attempt = session_folder / secrets.token_hex(4)
-    _make_heir(attempt, next(folder for folder in destination.parents if folder.is_dir()))
-    tree = attempt / "tree"
+    begun = attempt(session_folder)
+    _make_heir(begun, next(folder for folder in destination.parents if folder.is_dir()))
+    tree = begun / "tree"
     tree.mkdir()
     return tree
 
@@ -82,14 +87,14 @@ def branch(tree: Path) -> Path:
     """
     old, session_folder = tree.parent, tree.parent.parent
     _require_root(session_folder)
-    attempt = session_folder / secrets.token_hex(4)
+    begun = attempt(session_folder)
     try:
-        _make_heir(attempt, old)
-        _copy(tree, attempt / tree.name)
+        _make_heir(begun, old)
+        _copy(tree, begun / tree.name)
     except BaseException:
-        _remove(attempt)
+        _remove(begun)
         raise
-    return attempt / tree.name
+    return begun / tree.name
 
 
 def bring_along(tree: Path, copy: Path, name: str) -> None:
