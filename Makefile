@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Programs that tests work with: ACLs, crashes at a given system call, the SQLite shell, HTTP by hand, a browser.
-PROGRAMS := acl strace sqlite3 curl chromium
+# Programs that tests work with: ACLs, errors of a given system call, the SQLite shell, HTTP by hand, a browser, a
+# clock that jumps.
+PROGRAMS := acl strace sqlite3 curl chromium faketime
 
 # The build of the package itself is held to the same versions.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -21,8 +22,11 @@ test: programs .venv/complete ## everything
 	$(BIN)/mypy
 	$(BIN)/pytest -n logical --dist loadfile -m 'not sweep'
 
-sweep: programs .venv/complete ## kill the service at every step of a creation; many minutes
-	$(BIN)/pytest -m sweep -s
+sweep: programs .venv/complete ## the whole of what `test` does a share of; more than an hour
+	$(BIN)/python -m tests.survival deaths
+	$(BIN)/python -m tests.survival power
+	SURVIVAL_SHARE=1 $(BIN)/pytest -s tests/survival --deselect tests/survival/test_deaths.py \
+		--deselect tests/survival/test_power.py
 
 quick: .venv/complete ## the tests that take less than a minute each
 	$(BIN)/pytest -n logical --dist loadfile -m 'not slow and not sweep'

@@ -149,13 +149,20 @@ def prepare(path: Path) -> Opened:
             epoch = _epoch(connection, path)
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.DatabaseError as error:
-        raise StoreRefused(f"{path}: {error}") from error
+        raise StoreRefused(f"{path}: {error}{_advice(error)}") from error
     except DBAPIError as error:
-        raise StoreRefused(f"{path}: {error.orig}") from error
+        raise StoreRefused(f"{path}: {error.orig}{_advice(error.orig)}") from error
     finally:
         engine.dispose()
     disk.sync_folder(path.parent)
     return Opened(epoch=epoch, revision=str(script.get_current_head()), backup=backup)
+
+
+def _advice(error: BaseException | None) -> str:
+    """What to do about a damaged file; nothing about one that is only held or has no room."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return ""
+    return "; keep the file and those beside it aside, and put a backup in its place"
 
 
 def migrations_folder() -> Path:
@@ -173,7 +180,10 @@ def _alembic(connection: Connection | None) -> Config:
 
 def _revision_found(path: Path, script: ScriptDirectory) -> str | None:
     """The revision of the file, None for a new one. Opens nothing for writing."""
-    if not path.exists() or path.stat().st_size == 0:
+    if not path.exists():
+        _require_new(path)
+        return None
+    if path.stat().st_size == 0:
         return None
     try:
         connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
@@ -188,7 +198,8 @@ def _revision_found(path: Path, script: ScriptDirectory) -> str | None:
         finally:
             connection.close()
     except sqlite3.DatabaseError as error:
-        raise StoreRefused(f"{path} cannot be read as a database: {error}; it was not touched") from error
+        why = f"{path} cannot be read as a database: {error}{_advice(error)}; it was not touched"
+        raise StoreRefused(why) from error
     revision = str(found[0]) if found else None
     if revision not in {known.revision for known in script.walk_revisions()}:
         raise StoreRefused(
@@ -196,6 +207,16 @@ def _revision_found(path: Path, script: ScriptDirectory) -> str | None:
             " it was not touched"
         )
     return revision
+
+
+def _require_new(path: Path) -> None:
+    """A store that was here and is gone must not begin anew without a word, nor its log be thrown away."""
+    for left in (_note(path), path.with_name(f"{path.name}-wal")):
+        if left.exists():
+            raise StoreRefused(
+                f"{path} is gone, and {left.name} says that it was here: put it back, or a backup in its place;"
+                f" to begin with an empty store, remove {left.name}"
+            )
 
 
 def _backup(connection: Connection, path: Path, revision: str) -> Path:
@@ -227,17 +248,26 @@ def _migrate(connection: Connection) -> None:
 def _epoch(connection: Connection, path: Path) -> str:
     """The random id of this history; renewed when the file is not the one that was closed last.
 
-    The note beside the database names its inode and the newest position it had: another inode, a file that
-    is behind its note, or one that has none, was put there by hand or from a backup.
+    The note beside the database names its inode, its epoch and the newest position it had: another inode or
+    epoch, a file that is behind its note, or one that has none, was put there by hand or from a backup.
     """
     row = connection.exec_driver_sql("SELECT value FROM store_facts WHERE name = 'epoch'").first()
     head = connection.exec_driver_sql("SELECT coalesce(max(position), 0) FROM events").scalar_one()
     note = _read_note(path)
     inode = path.stat().st_ino
-    same = note is not None and note["inode"] == inode and int(str(note["position"])) <= head
-    if row is not None and same:
-        epoch = str(row[0])
+    found = str(row[0]) if row is not None else None
+    same = note is not None and (note["inode"], note.get("epoch")) == (inode, found)
+    if found is not None and note is not None and same and int(str(note["position"])) <= head:
+        epoch = found
     else:
+        if note is not None and int(str(note["position"])) > head:
+            log.warning(
+                "The store is older than it was: its newest events are gone. A backup was put back, or its log"
+                " was removed.",
+                store=str(path),
+                event_id="store.went_back",
+                events_gone=int(str(note["position"])) - head,
+            )
         epoch = secrets.token_hex(8)
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         connection.exec_driver_sql(
@@ -247,7 +277,7 @@ def _epoch(connection: Connection, path: Path) -> str:
         )
         connection.exec_driver_sql("COMMIT")
     try:
-        write_note(path, inode, head)
+        write_note(path, inode, epoch, head)
     except OSError as error:  # a full disk: an older note is a safe one
         log.warning("The note beside the database could not be written.", why=str(error))
     return epoch
@@ -264,6 +294,7 @@ def _read_note(path: Path) -> dict[str, object] | None:
         return None
 
 
-def write_note(path: Path, inode: int | None, position: int) -> None:
-    """Leave word beside the database of which file was open, and how far it had come."""
-    disk.write_whole(_note(path), msgspec.json.encode({"inode": inode, "position": position}))
+def write_note(path: Path, inode: int | None, epoch: str, position: int) -> None:
+    """Leave word beside the database of which file was open, and how far its history had come."""
+    told = {"inode": inode, "epoch": epoch, "position": position}
+    disk.write_whole(_note(path), msgspec.json.encode(told))

@@ -29,6 +29,7 @@ from app.settings import ConfigFile
 from app.steps.plugins.host import Host
 from app.steps.render import Renderer
 from app.web import doors
+from app.web.connection import Connection
 
 log = structlog.get_logger()
 
@@ -177,10 +178,12 @@ async def _serve(
         create_app(house),
         host=address,
         port=service.port if port is None else port,
+        # Without file handles asyncio tries to accept all that wait at once, and logs each failure.
+        backlog=128,
         log_config=None,
         access_log=False,
         lifespan="off",
-        ws="websockets-sansio",
+        ws=Connection,
         ws_per_message_deflate=False,
         ws_max_size=64 * 1024,
         ws_ping_interval=20,

@@ -43,6 +43,7 @@ from app.steps import gate
 from app.steps.plugins.host import Host
 from app.steps.render import Renderer
 from app.web import doors
+from app.web.connection import Connection
 from tests.service import PATIENCE
 
 CALLER = Caller(principal="local", trace_id="test")
@@ -97,7 +98,7 @@ class Held:
                 port=0,
                 log_config=None,
                 lifespan="off",
-                ws="websockets-sansio",
+                ws=Connection,
                 ws_per_message_deflate=False,
                 timeout_graceful_shutdown=2,
             )

@@ -947,16 +947,26 @@ async def test_a_file_that_is_not_in_its_place_takes_no_write(
     await asyncio.to_thread(writer.close)
 
 
-@pytest.mark.parametrize("mishap", [unlink, exchange])
-async def test_a_broken_store_can_be_closed_and_is_free(
-    store_path: Path, mishap: Callable[[Path], None]
-) -> None:
+async def test_a_broken_store_can_be_closed_and_is_free(store_path: Path) -> None:
     store = store_at(store_path)
     await store.open()
-    mishap(store_path)
+    exchange(store_path)
     with pytest.raises(StoreUnavailable):
         await soon(store.create(run_body(), CALLER))
     await store.close()
+    await reopened(store_path)
+
+
+async def test_a_store_that_is_gone_is_not_begun_anew_without_a_word(store_path: Path) -> None:
+    store = store_at(store_path)
+    await store.open()
+    await store.create(run_body(), CALLER)
+    await store.close()
+    aside = store_path.rename(store_path.with_name("aside"))
+    with pytest.raises(StoreRefused, match=r"is gone, and .*note says that it was here: put it back"):
+        database.prepare(store_path)
+    assert not store_path.exists()
+    aside.rename(store_path)
     await reopened(store_path)
 
 

@@ -55,5 +55,5 @@ def test_every_event_kind_and_error_code_is_described() -> None:
 def test_every_test_that_the_docs_name_is_there() -> None:
     named = re.findall(r"`(test_\w+)`", (DOCS / "survival.md").read_text())
     assert len(named) > 30
-    known = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    known = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     assert [name for name in named if not re.search(rf"def {name}\b", known)] == []

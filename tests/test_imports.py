@@ -17,7 +17,7 @@ ASIDE: dict[str, tuple[str, ...]] = {"client": ("errors",), "demo": (), "display
 
 DOORS = {
     "litestar": ("app.main", "app.web"),
-    "uvicorn": ("app.main",),
+    "uvicorn": ("app.main", "app.web.connection"),
     "sqlalchemy": (
         "app.connections",
         "app.database",

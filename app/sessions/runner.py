@@ -19,7 +19,7 @@ from app.sessions import requests
 from app.sessions.events import timestamp
 from app.sessions.lifecycle import Recovered, State
 from app.sessions.moves import Moved
-from app.sessions.pipeline import Pipeline
+from app.sessions.pipeline import RETRY_SECONDS, Pipeline
 from app.sessions.session import Caller, Session
 from app.sessions.store import Store
 from app.steps import publish
@@ -185,7 +185,8 @@ class Runner:
             self._alone = None
             self._alone_over.set()
         until = datetime.fromisoformat(str(blocked_on["retry_at"])) - datetime.now(UTC)
-        if not await _set_within(self._drain, until.total_seconds()):
+        # The clock may have been put back meanwhile.
+        if not await _set_within(self._drain, min(until.total_seconds(), RETRY_SECONDS[-1])):
             await self._until_taken(self._store.mark_driven, session.session_id)
 
     def _judge(self, session: Session) -> None:

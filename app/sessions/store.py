@@ -97,7 +97,9 @@ class Store:
             return
         self._noted = self.head_position
         try:
-            await asyncio.to_thread(database.write_note, self.path, self._writer.inode, self._noted)
+            await asyncio.to_thread(
+                database.write_note, self.path, self._writer.inode, self.epoch, self._noted
+            )
         except OSError as error:  # a full disk: an older note is a safe one
             log.warning("The note beside the database could not be written.", why=str(error))
 

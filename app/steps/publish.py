@@ -60,7 +60,7 @@ def residents(local_root: Path) -> tuple[str, ...]:
 
 
 def attempt(session_folder: Path) -> Path:
-    """A folder that nobody has used, to be made by the caller; if a crash leaves it, it goes with `only` or `prepare`."""
+    """A folder that nobody has used, to be made by the caller; what a crash leaves goes with `only`, `prepare`."""
     return session_folder / secrets.token_hex(4)
 
 

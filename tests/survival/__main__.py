@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from tests.survival import deaths, shares
+from tests.survival import deaths, power, shares
 
 
 @click.group()
@@ -21,6 +21,16 @@ def die(points: tuple[str, ...], share: float, seed: int) -> None:
     chosen = [deaths.point(each) for each in points]
     tally = deaths.sweep(share, seed, chosen, tell=click.echo)
     sys.exit(bool(tally.failed))
+
+
+@main.command("power")
+@click.option("--share", default=1.0, help="Which part of the images is looked at.")
+@click.option("--seed", default=shares.SEED, help="Where the power is cut.")
+def cut(share: float, seed: int) -> None:
+    """Cut the power, and see that nothing acknowledged un-happens."""
+    if (why := power.unavailable()) is not None:
+        raise click.ClickException(why)
+    sys.exit(bool(power.cuts(share, seed, tell=click.echo).failed))
 
 
 if __name__ == "__main__":

@@ -228,6 +228,7 @@ class Course:
         self.session_id: str | None = None
         self.destination: Path | None = None
         self.driven_after = 0.0
+        self.ended: str | None = None
 
     def go(self, operator: Operator) -> None:
         """Until the end. Raises Gone when the service dies, and AssertionError when it ends otherwise than it must.
@@ -263,6 +264,7 @@ class Course:
     def _judge(self, handle: dict[str, Any]) -> None:
         wanted = (self._scenario.ends, self._scenario.code)
         found = (handle["state"], (handle["error"] or {}).get("code"))
+        self.ended = handle["state"]
         assert found == wanted, f"{self.key}: it ended as {found}, not as {wanted}: {handle}"
         if self._scenario.notes is not None and self.destination is not None:
             notes = (self.destination / "notes.txt").read_text()

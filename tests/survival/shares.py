@@ -6,7 +6,7 @@ SURVIVAL_SHARE is a number from 0 to 1, SURVIVAL_SEED says which share; unset, i
 import os
 from datetime import UTC, datetime
 
-SHARE = float(os.environ.get("SURVIVAL_SHARE", "0.2"))
+SHARE = float(os.environ.get("SURVIVAL_SHARE", "0.1"))
 SEED = int(os.environ.get("SURVIVAL_SEED", datetime.now(UTC).toordinal()))
 LANES = os.cpu_count() or 1
 """Services that are tried beside each other."""

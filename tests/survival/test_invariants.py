@@ -1115,7 +1115,9 @@ async def _taken_on(lab: Lab, *, published: bool) -> None:
     making = Making(lab.store.parent)
     making.log, making.ids = lab.log, lab.ids
     # It was copied to its place, which the store takes for a restored one; its epoch must stay.
-    database.write_note(lab.store, lab.store.stat().st_ino, 0)
+    with closing(sqlite3.connect(lab.store)) as db:
+        [epoch] = db.execute("SELECT value FROM store_facts WHERE name = 'epoch'").fetchone()
+    database.write_note(lab.store, lab.store.stat().st_ino, epoch, 0)
     await making.store.open()
     session = await making.answered(await making.store.get(lab.ids["waiting"]), "dose")
     session = await making.queued(await making.through(session, 2, "asks"))
