@@ -23,6 +23,8 @@ from app.demo import laboratory
 from tests.service import PATIENCE, bare_run, ended, eventually, plugin, template
 from tests.survival.stage import Life, Stage, staged
 
+pytestmark = pytest.mark.sweep
+
 SHARE = float(os.environ.get("SURVIVAL_SHARE", "0.1"))
 """How much of the longer tests is done: 1 for all of it."""
 HEALING_SECONDS = 10.0

@@ -33,7 +33,10 @@ from tests.survival.test_faults import (
 DAY = 86400
 LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs the Debian package faketime")
+pytestmark = [
+    pytest.mark.sweep,
+    pytest.mark.skipif(LIBRARY is None, reason="needs the Debian package faketime"),
+]
 
 
 class Clock:
@@ -113,7 +116,6 @@ def partial_tree(http: httpx.Client, config: Path) -> Path:
     return Path(answer["error"]["details"]["partial_path"])
 
 
-@pytest.mark.sweep
 def test_a_clock_that_jumps_under_running_asking_and_blocked_sessions_holds_nobody_up(tmp_path: Path) -> None:
     config, clock = made(tmp_path / "lab"), Clock(tmp_path)
     with serving(config, clock) as service, service.http() as http:
@@ -178,7 +180,6 @@ def lock_at_the_gate(other: sqlite3.Connection) -> None:
     eventually(taken)
 
 
-@pytest.mark.sweep
 def test_a_clock_that_jumped_between_two_services_prunes_nothing_early_and_takes_all_up(
     tmp_path: Path,
 ) -> None:

@@ -27,6 +27,8 @@ from tests.survival.test_faults import (
     store_of,
 )
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:

@@ -7,12 +7,10 @@ left. In the end the service is still ready, and its store is without a fault.
 """
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,8 @@ from websockets.sync.client import connect
 from app.demo import laboratory
 from app.sessions import consistency
 from tests.service import PATIENCE, Service, body, ended, eventually, running, waiting
+from tests.survival.shares import SEED, SHARE
 
-SHARE = float(os.environ.get("SURVIVAL_SHARE", "0.1"))
-SEED = int(os.environ.get("SURVIVAL_SEED", datetime.now(UTC).date().toordinal()))
 AGAIN = f"SURVIVAL_SHARE={SHARE} SURVIVAL_SEED={SEED} pytest -s tests/survival/test_fuzzing.py"
 
 COMMANDS = ("create_session", "resume_session", "cancel_session", "retry_session")
@@ -61,6 +58,18 @@ GOOD: dict[str, dict[str, Any]] = {
     "retry_session": {"changes": {"objective": "Another try"}},
 }
 """A good body of each command; those of new sessions are the examples of the laboratory."""
+ODD = (
+    "0001-01-01T00:00:00+14:00",
+    "9999-12-31T23:59:59-14:00",
+    "9" * 5000,
+    "-1",
+    "1e400",
+    "\u0661",
+    "\x00",
+    "%ff",
+    "null",
+)
+"""What a parameter may be that no document speaks of: beyond what a time, a number or a text can hold."""
 EXAMPLES = ("project", "confocal_run", "plate_reader_test_run", "stained_run")
 CLOSE_CODES = {1000, 4400, 4404, 4409}
 """Those of a service that neither stops nor fails, for a client that may come in."""
@@ -165,6 +174,9 @@ def _make_real(stand: Stand, name: str, case: Case[Any], choice: int) -> None:
     if "session_id" in (case.path_parameters or {}) and choice < 48:
         state = ("failed", "done", "waiting", "waiting")[choice % 4] if choice else "aborted"
         case.path_parameters["session_id"] = stand.ids[state]
+    if case.query and choice % 6 == 4:
+        names = sorted(case.query)
+        case.query[names[choice % len(names)]] = ODD[choice % len(ODD)]
     good = GOOD.get(name)
     if good is not None and choice // 4 % 6 == 5:
         case.body = good or body(stand.lab, EXAMPLES[choice % 4])
@@ -260,7 +272,7 @@ def test_a_socket_may_be_opened_at_any_cursor_and_left(stand: Stand) -> None:
 def _left_or_closed(url: str) -> int | None:
     """The close code of the socket; None when it had nothing more to say for a moment, and was left."""
     with connect(url, proxy=None, max_size=None, open_timeout=PATIENCE) as socket:
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE / 4
         try:
             while time.monotonic() < until:
                 json.loads(socket.recv(timeout=MOMENT))

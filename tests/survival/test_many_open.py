@@ -29,6 +29,8 @@ from tests.house import CALLER
 from tests.service import Service, bare_run, eventually, plugin, template
 from tests.survival.test_faults import made
 
+pytestmark = pytest.mark.sweep
+
 WAITING = 900
 DRIVEN = 100
 STATES = (State.RENDERING, State.PLUGIN_PASS, State.CACHE_WRITE, State.SYNC_QUEUED)

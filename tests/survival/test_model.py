@@ -8,7 +8,6 @@ be as the model has them; what is refused must be refused with the right word, a
 import asyncio
 import copy
 import json
-import os
 import shutil
 import sqlite3
 import tempfile
@@ -57,11 +56,10 @@ from app.sessions.requests import CancelBody, CreateBody, ResumeBody
 from app.sessions.session import Caller, Query, Session
 from app.sessions.store import Store
 from tests.conftest import SECONDS, project_body, run_body
+from tests.survival.shares import SEED, SHARE
 
-SHARE = float(os.environ.get("SURVIVAL_SHARE", "0.1"))
 WALKS = round(200 * min(SHARE * 2, 1))
 STEPS = 50
-SEED = int(os.environ.get("SURVIVAL_SEED", datetime.now(UTC).date().toordinal()))
 AGAIN = f"SURVIVAL_SHARE={SHARE} SURVIVAL_SEED={SEED} pytest -s tests/survival/test_model.py"
 
 T = TypeVar("T")
