@@ -22,11 +22,10 @@ import websockets.sync.client
 
 from app import database
 from app.demo import laboratory
-from tests.service import bare_run, body, plugin, template
+from tests.service import PATIENCE, bare_run, body, plugin, template
 from tests.survival.invariants import Expected, Log, Request, Watched, fingerprint, violations
 from tests.survival.stage import Life
 
-PATIENCE = 60.0
 HEALS_WITHIN = 10.0
 """Seconds after a restart within which every session has been driven on."""
 TERMINAL = ("done", "failed", "aborted")
@@ -333,8 +332,6 @@ def _take_place_when_asked(operator: Operator, handle: dict[str, Any], key: str)
     operator.lab.untouched.setdefault(place, fingerprint(place))
     _answer(operator, handle, key)
 
-
-_RUN = {"example": "confocal_run", "changes": {"run_date": "2026-04-17T14:32:05"}}
 
 SCENARIOS = {
     each.name: each

@@ -27,11 +27,6 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
 
 
-def go_on(_call: Call) -> Verdict:
-    """Let everything happen."""
-    return "go on"
-
-
 class Life:
     """One service from its start to its end."""
 

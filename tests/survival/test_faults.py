@@ -21,11 +21,11 @@ from app import connections
 from app.client import Client, ClientError, Unreachable
 from app.demo import laboratory
 from tests.service import PATIENCE, bare_run, ended, eventually, plugin, template
-from tests.survival.stage import Life, Stage, staged
+from tests.survival.shares import SHARE
+from tests.survival.stage import Life, Stage
 
 pytestmark = pytest.mark.sweep
 
-SHARE = float(os.environ.get("SURVIVAL_SHARE", "0.1"))
 """How much of the longer tests is done: 1 for all of it."""
 HEALING_SECONDS = 10.0
 """After the fault is over, all goes on within this time."""
@@ -177,12 +177,6 @@ def locked(store: Path) -> Iterator[None]:
 def sound(store: Path) -> None:
     with closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with staged() as one:
-        yield one
 
 
 @contextmanager

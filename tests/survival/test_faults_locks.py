@@ -1,7 +1,6 @@
 """A program that holds the database: for a second, for longer than anybody waits, and for ever."""
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from app import connections
 from tests.service import bare_run, ended
-from tests.survival.stage import Stage, staged
+from tests.survival.stage import Stage
 from tests.survival.test_faults import (
     HEALING_SECONDS,
     Viewer,
@@ -28,12 +27,6 @@ from tests.survival.test_faults import (
 )
 
 pytestmark = pytest.mark.sweep
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with staged() as one:
-        yield one
 
 
 def test_a_lock_of_a_second_is_noticed_by_nobody(stage: Stage, tmp_path: Path) -> None:

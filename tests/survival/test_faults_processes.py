@@ -16,10 +16,10 @@ import pytest
 
 from tests.offspring import offspring, running
 from tests.service import bare_run, ended, eventually, plugin, template
-from tests.survival.stage import Life, Stage, staged
+from tests.survival.shares import SHARE
+from tests.survival.stage import Life, Stage
 from tests.survival.test_faults import (
     HEALING_SECONDS,
-    SHARE,
     Viewer,
     begun,
     check_viewers,
@@ -44,12 +44,6 @@ def transform(self, file_path, ctx):
     (ctx.dst_root / "begun").unlink()
     file_path.write_text("through")
 """
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with staged() as one:
-        yield one
 
 
 def workers(life: Life, module: str) -> set[int]:

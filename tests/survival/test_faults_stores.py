@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from websockets.sync.client import connect
 
 from app.client import ClientError
 from tests.service import PATIENCE, bare_run, ended, eventually, waiting
-from tests.survival.stage import Life, Stage, staged
+from tests.survival.stage import Life, Stage
 from tests.survival.test_faults import (
     Viewer,
     begun,
@@ -34,12 +34,6 @@ from tests.survival.test_faults import (
 )
 
 pytestmark = pytest.mark.sweep
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    with staged() as one:
-        yield one
 
 
 # Two services

@@ -12,7 +12,6 @@ import asyncio
 import gc
 import hashlib
 import logging
-import os
 import random
 import resource
 import socket
@@ -22,7 +21,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -40,9 +38,7 @@ from app.sessions.feed import PAGE
 from app.sessions.lifecycle import Failed, Warned
 from app.sessions.session import Session
 from tests.held import Held, holding
-
-SHARE = float(os.environ.get("SURVIVAL_SHARE", "0.1"))
-SEED = int(os.environ.get("SURVIVAL_SEED", datetime.now(UTC).toordinal()))
+from tests.survival.shares import SEED, SHARE
 
 SOON = 20.0
 """Seconds within which something comes that should come at once, on a machine with other work to do."""
