@@ -17,11 +17,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import structlog
 from sqlalchemy import URL, Connection, Engine, Executable, Row, create_engine, event, pool
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from app.errors import StoreBroken, StoreUnavailable
+
+log = structlog.get_logger()
 
 BUSY_MS = 5000
 CHECKPOINT_BYTES = 4 * 1024 * 1024
@@ -113,6 +117,8 @@ class Readers:
                     await connection.exec_driver_sql("ROLLBACK")
         except DBAPIError as error:
             raise StoreUnavailable(f"the database cannot be read now: {error.orig}") from error
+        except PoolTimeout as error:
+            raise StoreUnavailable("too much of the database is being read at once") from error
 
     async def close(self) -> None:
         """Let what is being read come to its end, also for callers that have gone."""
@@ -224,6 +230,7 @@ class Writer:
         if _identity(self._path) != self._identity:
             raise StoreBroken(f"{self._path} was moved, deleted or replaced while the service ran")
         if self._log_identity is not None and _identity(f"{self._path}-wal") != self._log_identity:
+            self._save_deleted_log()
             raise StoreBroken(f"{self._path}-wal was moved, deleted or replaced while the service ran")
         started = time.perf_counter()
         try:
@@ -239,6 +246,15 @@ class Writer:
         self.commits += 1
         self.units += len(group)
         return outcomes
+
+    def _save_deleted_log(self) -> None:
+        """Fold a log into the file that has no name any more, but is still open here; not beside another one."""
+        if _identity(f"{self._path}-wal") is not None:
+            return
+        try:
+            self._connection.exec_driver_sql("PRAGMA wal_checkpoint(FULL)")
+        except DBAPIError as error:
+            log.error("The deleted log could not be folded in.", why=str(error.orig))
 
     def _attempt(self, unit: Unit) -> tuple[Any, Exception | None]:
         """The result of one unit, or what it raised, with its own writes undone."""

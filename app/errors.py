@@ -178,6 +178,7 @@ class BlockedOn(Exception):
 _PASSING = {
     errno.ENOSPC: ("disk_full", "the disk is full"),
     errno.EDQUOT: ("disk_full", "the disk quota is used up"),
+    errno.EIO: ("disk_error", "the disk reported an error"),
     errno.EROFS: ("read_only", "the file system is mounted read-only"),
     errno.EACCES: ("access_denied", "access was denied"),
     errno.EPERM: ("access_denied", "the operation is not permitted"),

@@ -135,7 +135,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._house.drain()
-        self._announce.unlink(missing_ok=True)
+        try:
+            self._announce.unlink(missing_ok=True)
+        except OSError as error:  # whoever reads it finds that nobody listens there
+            log.warning("server.json could not be removed.", why=str(error))
         await super().shutdown(sockets)
 
 

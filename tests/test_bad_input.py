@@ -578,7 +578,8 @@ def test_a_plugin_that_fills_the_disk_fails_and_leaves_the_room_to_the_others(
     with service.http() as http:
         filled = outcome(http, bare_run("filled"))
         assert filled["state"] == "done"
-        assert [warning["code"] for warning in filled["result"]["warnings"]] == ["plugin_failed"]
+        # It gets a second chance: at first it may have been somebody else who filled the disk.
+        assert [warning["code"] for warning in filled["result"]["warnings"]] == ["disk_full", "plugin_failed"]
         assert sorted(path.name for path in Path(filled["destination"]).iterdir()) == [
             ".exlab-wizard",
             "README.md",

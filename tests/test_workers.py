@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from app.steps.workers import NotStarted, Workers
 from tests.offspring import offspring, running, until
 
 MODULE = "tests.unruly_worker"
+LONG = 60.0
 
 LANDLOCK = confinement.described(confinement.Limits(memory_mb=1, file_mb=1, cpu_seconds=1))["files"]
 
@@ -29,7 +31,7 @@ async def workers() -> AsyncIterator[Workers]:
 async def told(workers: Workers, task: str) -> bytes:
     heard: list[bytes] = []
     async with workers.one() as worker:
-        await worker.work(task.encode(), heard.append)
+        await worker.work(task.encode(), heard.append, LONG)
     return heard[0]
 
 
@@ -39,7 +41,7 @@ async def multiplied(workers: Workers) -> tuple[asyncio.Task[bytes], list[int]]:
 
     async def work() -> bytes:
         async with workers.one() as worker:
-            await worker.work(b"multiply", heard.append)
+            await worker.work(b"multiply", heard.append, LONG)
         return b""
 
     task = asyncio.create_task(work())
@@ -62,10 +64,30 @@ async def test_printing_a_lot_and_reading_input_disturbs_nothing_and_only_the_en
 ) -> None:
     async with workers.one() as worker:
         heard: list[bytes] = []
-        assert await worker.work(b"print 5000000", heard.append) == 0
+        assert await worker.work(b"print 5000000", heard.append, LONG) == 0
         assert heard == [b"printed"]
         await until(lambda: worker.process.output.endswith("the end"))
         assert len(worker.process.output) < 20_000
+
+
+async def test_a_task_that_takes_too_long_is_given_up_and_its_processes_end(workers: Workers) -> None:
+    heard: list[bytes] = []
+    with pytest.raises(TimeoutError):
+        async with workers.one() as worker:
+            await worker.work(b"multiply", heard.append, 0.5)
+    assert not any(running(pid) for pid in json.loads(heard[0]))
+
+
+async def test_what_was_done_in_time_is_heard_by_one_who_stood_still_until_the_time_was_over(
+    workers: Workers,
+) -> None:
+    heard: list[bytes] = []
+    async with workers.one() as worker:
+        working = asyncio.create_task(worker.work(b"environment", heard.append, 1.0))
+        await asyncio.sleep(0)
+        time.sleep(3.0)
+        assert await working == 0
+    assert heard
 
 
 async def test_cancelling_ends_everything_that_a_worker_started_before_it_goes_on(workers: Workers) -> None:
@@ -89,8 +111,8 @@ async def test_a_second_cancellation_does_not_hurry_the_first(workers: Workers) 
 
 async def test_the_exit_code_of_a_task_that_broke_down_is_told_and_the_worker_stays(workers: Workers) -> None:
     async with workers.one() as worker:
-        assert await worker.work(b"exit 3", print) == 3
-        assert await worker.work(b"environment", print) == 0
+        assert await worker.work(b"exit 3", print, LONG) == 3
+        assert await worker.work(b"environment", print, LONG) == 0
 
 
 async def test_a_worker_that_was_killed_while_idle_is_replaced(workers: Workers) -> None:
@@ -100,7 +122,7 @@ async def test_a_worker_that_was_killed_while_idle_is_replaced(workers: Workers)
     await until(lambda: not first.alive)
     async with workers.one() as worker:
         assert worker.process.pid != first.pid
-        assert await worker.work(b"environment", print) == 0
+        assert await worker.work(b"environment", print, LONG) == 0
 
 
 async def test_a_module_that_cannot_start_says_why() -> None:

@@ -216,7 +216,8 @@ class PluginPass:
                 await thread(publish.forget, tree)
         if full is None:
             return outcome
-        if not await thread(_has_room, known(session.tree)):
+        # At first it may have been another program that filled the disk; the second time it was the plugin.
+        if session.blocked_on is None or not await thread(_has_room, known(session.tree)):
             raise full
         return turn.ran("failed", "it ran out of room on a disk that has some without it")
 

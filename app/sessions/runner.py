@@ -94,7 +94,7 @@ class Runner:
             async with asyncio.timeout(VERDICT_SECONDS):
                 return await asyncio.shield(judged)
         except TimeoutError:
-            return await self._store.get(session.session_id)
+            return await self._as_it_stands(session)
 
     async def answer(self, session_id: str, body: requests.ResumeBody, caller: Caller) -> Session:
         """Take an operator's answer, and drive the session on; it comes back as it was committed.
@@ -172,7 +172,7 @@ class Runner:
         finally:
             if session.session_id == self._alone:
                 self._alone_over.set()
-            await self._judge_at_last(session.session_id)
+            await self._judge_at_last(session)
 
     async def _clear_road(self, session: Session) -> None:
         """Beyond the gate, wait for those that are driven alone."""
@@ -196,15 +196,18 @@ class Runner:
         if judged is not None and not judged.done():
             judged.set_result(session)
 
-    async def _judge_at_last(self, session_id: str) -> None:
+    async def _judge_at_last(self, session: Session) -> None:
         """Who waits for a verdict gets the session as it stands, when there is none to come."""
-        judged = self._judging.pop(session_id, None)
-        if judged is None or judged.done():
-            return
+        judged = self._judging.pop(session.session_id, None)
+        if judged is not None and not judged.done():
+            judged.set_result(await self._as_it_stands(session))
+
+    async def _as_it_stands(self, session: Session) -> Session:
+        """What was committed is answered, also when the store cannot be asked how it went on."""
         try:
-            judged.set_result(await self._store.get(session_id))
-        except StoreUnavailable as unavailable:
-            judged.set_exception(unavailable)
+            return await self._store.get(session.session_id)
+        except StoreUnavailable:
+            return session
 
     async def _take_up(self, unfinished: list[Session]) -> None:
         """Suspects one by one, each marked as the only one on the road; then all the others at once."""

@@ -180,8 +180,7 @@ class Renderer:
 
         async with self._workers.one() as worker:
             try:
-                async with asyncio.timeout(self._seconds):
-                    exit_code = await worker.work(task, told)
+                exit_code = await worker.work(task, told, self._seconds)
             except TimeoutError:
                 return _Failed(f"The template was not rendered within {self._seconds:g} seconds.", ())
         return outcome or _Lost(exit_code, worker.process.output)

@@ -10,9 +10,10 @@ import asyncio
 import gc
 import itertools
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 
@@ -21,9 +22,11 @@ from app.steps.child import ENDED, READY, TOLD, Channel, apart, die_with
 from app.steps.process import Process
 
 _START_SECONDS = 60.0
+_HEARING_SECONDS = 0.5
 
 _log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
 Tell = Callable[[bytes], None]
 Command = Callable[[], tuple[str, ...]]
 
@@ -71,12 +74,15 @@ class Worker:
             raise NotStarted(process.output, killed=(process.exit_code or 0) < 0)
         return cls(command, process, ready.removeprefix(READY))
 
-    async def work(self, task: bytes, tell: Tell) -> int | None:
-        """Do `task` and pass on what is told of it.
+    async def work(self, task: bytes, tell: Tell, seconds: float) -> int | None:
+        """Do `task` and pass on what is told of it, for `seconds` at most: TimeoutError.
 
         Answers the exit code of the process that did it, as of `subprocess`; None when the worker is
         lost as well. To stop the work, kill the process.
         """
+        return await _within(seconds, self._worked(task, tell))
+
+    async def _worked(self, task: bytes, tell: Tell) -> int | None:
         self.idle = False
         await self.process.send(task)
         while (frame := await self.process.receive()) is not None:
@@ -85,6 +91,23 @@ class Worker:
                 return int(frame[1:])
             tell(frame[1:])
         return None
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; TimeoutError when it takes longer.
+
+    Whoever stood still meanwhile hears first what was told in that time, and judges then.
+    """
+    working = asyncio.ensure_future(work)
+    try:
+        for pause in (seconds, _HEARING_SECONDS):
+            done, _ = await asyncio.wait({working}, timeout=pause)
+            if done:
+                return working.result()
+        raise TimeoutError
+    finally:
+        if working.cancel():
+            await asyncio.wait({working})
 
 
 def _running(module: str) -> tuple[str, ...]:

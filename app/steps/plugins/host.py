@@ -294,8 +294,7 @@ class _Run:
         """Give the task to the worker and hear what it tells, to its end or to that of its time."""
         self._started = time.monotonic()
         try:
-            async with asyncio.timeout(self._task.manifest.timeout_seconds + _LATE_SECONDS):
-                await worker.work(payload, self._hear)
+            await worker.work(payload, self._hear, self._task.manifest.timeout_seconds + _LATE_SECONDS)
         except TimeoutError:
             self._ended = _Ended("timeout", "", _TIMEOUT_CODE, 0)
         self._seconds = time.monotonic() - self._started
