@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tests.survival.knife import Call, Verdict
 from tests.survival.lanes import Fate, Lane, lanes, nothing_happens
-from tests.survival.scenarios import HEALS_WITHIN, SCENARIOS, Course, Gone
+from tests.survival.scenarios import HEALS_WITHIN, Course, Gone
 from tests.survival.stage import ROOT
 
 RESTART_CALLS = 120
@@ -53,14 +53,6 @@ def _die_at(last: int) -> Fate:
         return "die" if number == last else "go on"
 
     return fate
-
-
-def _counted(lane: Lane, scenario: str) -> int:
-    """How many calls the scenario makes when nobody dies."""
-    course = lane.begin(scenario)
-    lane.fuse.light(nothing_happens)
-    lane.accompany(course)
-    return lane.fuse.count
 
 
 def _trial(lane: Lane, at: Point) -> Trial:
@@ -140,7 +132,7 @@ def sweep(
     tally = Tally()
     with lanes(root) as opened:
         if not chosen:
-            counts = dict(zip(SCENARIOS, opened.spread(_counted, list(SCENARIOS)), strict=True))
+            counts = opened.counted()
             tell(f"seed {seed}, {sum(counts.values())} calls: {counts}")
             chosen = points(counts, share, seed)
         for trial in opened.spread(_trial, chosen):

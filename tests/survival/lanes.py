@@ -143,13 +143,20 @@ class Lane:
         finally:
             operator.close()
 
-    def judge(self, course: Course) -> list[str]:
+    def counted(self, scenario: str) -> int:
+        """How many calls the scenario makes when nothing happens to it."""
+        course = self.begin(scenario)
+        self.fuse.light(nothing_happens)
+        self.accompany(course)
+        return self.fuse.count
+
+    def judge(self, course: Course, *, within: float = _CHECK_SECONDS) -> list[str]:
         """What is wrong with the laboratory and stays so, as some files are cleared after the commit."""
         lab = course.lab
         if course.ended == "done":
             lab.complete[str(course.destination)] = self._complete[course.name]
         self.fuse.course = None
-        deadline = time.monotonic() + _CHECK_SECONDS
+        deadline = time.monotonic() + within
         while (wrong := lab.wrong()) and time.monotonic() < deadline:
             time.sleep(0.05)
         wrong += sorted(self.fuse.partial)
@@ -187,6 +194,10 @@ class Lanes:
 
         with ThreadPoolExecutor(LANES) as hands:
             yield from hands.map(one, chosen)
+
+    def counted(self) -> dict[str, int]:
+        """How many calls each scenario makes."""
+        return dict(zip(SCENARIOS, self.spread(Lane.counted, list(SCENARIOS)), strict=True))
 
     def close(self) -> None:
         while not self._free.empty():

@@ -6,6 +6,7 @@ copy of the product can be put on it. It ends, and all services on it, with the 
 """
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -25,6 +26,13 @@ from tests.survival.knife import Call, Knife, Verdict, install
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
+_LOADED_LATE = (
+    "app.main",
+    "litestar.plugins.pydantic",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.lifespan.off",
+)
+"""What a service loads when it is told to serve, which takes longer than all else it does until it is ready."""
 
 
 class Life:
@@ -154,8 +162,8 @@ def _die_with_parent() -> None:
 
 def main(control: socket.socket) -> None:
     _die_with_parent()
-    import app.cli
-    import app.main  # noqa: F401 - so that it is there when the command line asks for it
+    for module in _LOADED_LATE:
+        importlib.import_module(module)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
