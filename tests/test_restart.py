@@ -1,5 +1,6 @@
 """Taking up what a service left behind, from each state, in one process and without a server."""
 
+import shutil
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +84,16 @@ async def test_a_tree_that_somebody_meddled_with_is_not_published(
     assert after.error is not None and after.error.code == "staging_lost"
     assert not before.destination.exists()
     assert after.partial_path is not None and after.partial_path.is_dir()
+
+
+async def test_a_template_whose_copy_is_gone_is_not_looked_for_elsewhere(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await stopped_in(lab, State.RENDERING, monkeypatch)
+    shutil.rmtree(lab / "data" / ".exlab-sessions" / before.session_id / "template")
+    async with living(lab) as house:
+        after = await until(house.store, before.session_id, State.FAILED)
+    assert after.error is not None and after.error.code == "staging_lost"
 
 
 async def test_a_question_waits_through_a_restart_as_it_was_asked(

@@ -305,6 +305,8 @@ class Pipeline:
         pinned, destination = pinned_by(session), known(session.destination)
         folder = publish.session_folder(known(session.local_root), session.session_id)
         tree = await thread(publish.prepare, folder, destination)
+        if not await thread((folder / "template").is_dir):
+            return Failure(code="staging_lost", message="The copy of the template that was made is gone.")
         job = render.Job(
             template=folder / "template",
             source=pinned.template_path,

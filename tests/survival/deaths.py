@@ -88,6 +88,7 @@ def _dies(lane: Lane, course: Course, fell: list[str]) -> bool:
     if lane.fuse.fell is None:
         return False
     lane.life.end()
+    course.died()
     fell.append(lane.fuse.fell)
     return True
 

@@ -29,6 +29,7 @@ _SPARED = {
     "EROFS": _SYNCS,
 }
 """The errors, and the calls that never end with them."""
+_STORE = "state/sessions.sqlite3"
 _STARTS = 40
 _LAST_WORD = {1: "it refuses to start", 70: "the store may be lying"}
 _AT_REST_SECONDS = 1.0
@@ -65,6 +66,8 @@ class _Fault:
         self._until = 0.0
         self.calls: list[str] = []
         """What has failed."""
+        self.is_distrusted = False
+        """A sync of the store has failed: the service must end itself."""
 
     def __call__(self, number: int, call: Call) -> Verdict:
         if call.name in _SPARED[self._at.error] or not (self._begins(number) or self._goes_on(call)):
@@ -72,6 +75,8 @@ class _Fault:
         if not self.calls:
             self._disk, self._until = _disk(call), time.monotonic() + LASTS
         self.calls.append(call.name)
+        store = call.path.startswith(_STORE) and call.own
+        self.is_distrusted |= store and call.name in _SYNCS and self._at.error == "EIO"
         if not call.own:
             self._course.excused.add(("failed", "plugin_failed"))
         return int(self._number)
@@ -112,6 +117,8 @@ def _trial(lane: Lane, at: Point) -> Trial:
         _see_through(lane, course, fault, ends)
         if fault.calls and (took := fault.over_since) > 2 * HEALS_WITHIN:
             wrong.append(f"{course.key}: it ended {took:.1f} s after the disk was well again")
+        if fault.is_distrusted and not ends:
+            wrong.append(f"{course.key}: the service went on after a failed sync of its store")
         wrong += _at_rest(lane, course)
     except (AssertionError, Gone) as failed:
         wrong.append(f"{course.key}: {str(failed) or 'the service ended without a reason'}")
@@ -130,6 +137,7 @@ def _see_through(lane: Lane, course: Course, fault: _Fault, ends: list[int]) -> 
             if not fault.calls or status not in _LAST_WORD:
                 raise AssertionError(f"{course.key}: the service ended with {status}") from None
             ends.append(status)
+            course.died()
             time.sleep(0.1)
             lane.restart(fault)
         else:

@@ -247,6 +247,8 @@ class Course:
         self.destination: Path | None = None
         self.driven_after = 0.0
         self.ended: str | None = None
+        self._must_recover: int | None = None
+        self._cancelled = False
         self.excused: set[tuple[str, str]] = set()
         """Further ends, as state and code, that what was done to the session explains."""
 
@@ -268,20 +270,39 @@ class Course:
             if handle["state"] in TERMINAL:
                 break
             assert time.monotonic() < begun + PATIENCE, f"{self.key}: it does not end: {handle}"
-            self._scenario.react(operator, handle, self.key)
+            if not self._cancelled:
+                self._scenario.react(operator, handle, self.key)
             time.sleep(_LOOK_SECONDS)
             handle = operator.look(self.session_id)
         self._judge(handle)
 
+    def died(self) -> None:
+        """Its service has: what the next one owes to the session is in the store.
+
+        It takes up what was under way, and says so; and it ends what was to be cancelled, with nobody asking again.
+        """
+        state, cancel, head = self._stored("state, cancel, head_seq") or ("done", None, 0)
+        self._cancelled = cancel is not None and state not in TERMINAL
+        at_work = state not in (*TERMINAL, "input_required") and not self._cancelled
+        self._must_recover = head + 1 if at_work else None
+
     def _head(self) -> int:
         """The newest event that a dead service has left in the store."""
+        return int((self._stored("head_seq") or (0,))[0])
+
+    def _stored(self, columns: str) -> tuple[Any, ...] | None:
+        """What the row of the session says, if there is one."""
         if self.session_id is None:
-            return 0
+            return None
+        return self._read(f"SELECT {columns} FROM sessions WHERE session_id = ?", self.session_id)
+
+    def _read(self, statement: str, *values: object) -> tuple[Any, ...] | None:
         with closing(sqlite3.connect(f"file:{self.lab.store}?mode=ro", uri=True)) as store:
-            row = store.execute("SELECT head_seq FROM sessions WHERE session_id = ?", (self.session_id,))
-            return int(row.fetchone()[0])
+            row: tuple[Any, ...] | None = store.execute(statement, values).fetchone()
+            return row
 
     def _judge(self, handle: dict[str, Any]) -> None:
+        self._is_recovered(handle)
         wanted = (self._scenario.ends, self._scenario.code)
         found = (handle["state"], (handle["error"] or {}).get("code"))
         self.ended = handle["state"]
@@ -291,6 +312,14 @@ class Course:
         if self._scenario.notes is not None and self.destination is not None:
             notes = (self.destination / "notes.txt").read_text()
             assert notes == self._scenario.notes, f"{self.key}: its notes are {notes!r}"
+
+    def _is_recovered(self, handle: dict[str, Any]) -> None:
+        """A cancel may be quicker than the word of it."""
+        if self._must_recover is None or handle["state"] == "aborted":
+            return
+        kept = "SELECT kind FROM events WHERE session_id = ? AND seq = ?"
+        kind = self._read(kept, self.session_id, self._must_recover)
+        assert kind == ("recovered",), f"{self.key}: after the death came {kind}, event {self._must_recover}"
 
 
 def _answer(operator: Operator, handle: dict[str, Any], key: str) -> None:

@@ -26,7 +26,6 @@ from tests.survival.stage import Life, Stage
 
 pytestmark = pytest.mark.sweep
 
-"""How much of the longer tests is done: 1 for all of it."""
 HEALING_SECONDS = 10.0
 """After the fault is over, all goes on within this time."""
 
