@@ -20,7 +20,8 @@ from app.sessions.lifecycle import State
 from app.sessions.requests import CancelBody
 from app.sessions.session import Session
 from app.sessions.store import Store
-from app.steps import provenance, publish
+from app.steps import check, provenance, publish
+from app.steps.render import Renderer
 from tests.conftest import asked, walk
 from tests.conftest import run_body as plain_body
 from tests.house import CALLER, living, run_body, stopped_in, until
@@ -36,10 +37,12 @@ def lab(tmp_path: Path) -> Path:
 async def blocked(store: Store, session_id: str) -> Session:
     async with asyncio.timeout(PATIENCE):
         with store.bell(session_id) as bell:
-            while (session := await store.get(session_id)).blocked_on is None:
+            while True:
                 bell.clear()
+                session = await store.get(session_id)
+                if session.blocked_on is not None:
+                    return session
                 await bell.wait()
-    return session
 
 
 async def test_an_unmounted_root_is_waited_for_and_the_session_goes_on_when_it_is_back(
@@ -55,6 +58,33 @@ async def test_an_unmounted_root_is_waited_for_and_the_session_goes_on_when_it_i
         (lab / "data").rmdir()
         (lab / "away").rename(lab / "data")
         await until(house.store, before.session_id, State.DONE)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Renderer, "render"), (provenance, "write"), (check, "check"), (publish, "publish")]
+)
+async def test_a_root_that_goes_away_in_the_middle_of_a_step_is_waited_for(
+    lab: Path, owner: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    does = getattr(owner, name)
+
+    def pulled(*args: object, **named: object) -> object:
+        if not (lab / "away").exists():
+            (lab / "data").rename(lab / "away")
+            (lab / "data").mkdir()
+        return does(*args, **named)
+
+    monkeypatch.setattr(owner, name, pulled)
+    async with living(lab) as house:
+        session, _ = await house.store.create(run_body(lab), CALLER)
+        await house.runner.admit(session)
+        waiting = await blocked(house.store, session.session_id)
+        assert waiting.blocked_on is not None and waiting.blocked_on["code"] == "not_mounted"
+        monkeypatch.setattr(owner, name, does)
+        assert list((lab / "data").iterdir()) == []
+        (lab / "data").rmdir()
+        (lab / "away").rename(lab / "data")
+        await until(house.store, session.session_id, State.DONE)
 
 
 async def test_a_cancel_while_the_root_is_away_keeps_what_was_built(

@@ -156,6 +156,8 @@ class Pipeline:
         try:
             result = await self._attempted(session, verify=verify)
             if isinstance(result, Failure):
+                if obstacle := await thread(_away, session):
+                    raise obstacle
                 return await self.fail(session, result)
             return await self._recorded(session, result)
         except BlockedOn as obstacle:
@@ -184,7 +186,7 @@ class Pipeline:
         except StoreUnavailable as unavailable:
             raise BlockedOn(unavailable.code, unavailable.message) from unavailable
         except OSError as error:
-            if obstacle := blocked_by(error):
+            if obstacle := blocked_by(error) or await thread(_away, session):
                 raise obstacle from error
             return _internal(session)
         except Exception:  # noqa: BLE001 - the edge of a step: whatever it is, the session must learn of it
@@ -544,6 +546,13 @@ def _begun(session: Session, folder: Path | None) -> Path | None:
     if session.tree is not None or folder is None:
         return session.tree
     return next((tree for tree in folder.glob("*/tree") if any(tree.iterdir())), None)
+
+
+def _away(session: Session) -> BlockedOn | None:
+    """The root of the session's files, if it went away: then nothing that a step has found there is true."""
+    if session.local_root is None or publish.root_present(session.local_root):
+        return None
+    return BlockedOn("not_mounted", f"the file system is not mounted: {session.local_root}")
 
 
 def _may_be_there(tree: Path | None) -> bool:

@@ -223,7 +223,8 @@ class Host:
         BlockedOn and Unavailable.
         """
         tree = aside / "tree"
-        await asyncio.to_thread(tree.mkdir, parents=True)
+        for folder in (aside, tree):  # and none above them: below the mount point of a disk that is away
+            await asyncio.to_thread(folder.mkdir)
         context = Context(
             variables=variables,
             answers_file="",
