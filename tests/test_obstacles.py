@@ -20,7 +20,7 @@ from app.sessions.lifecycle import State
 from app.sessions.requests import CancelBody
 from app.sessions.session import Session
 from app.sessions.store import Store
-from app.steps import check, provenance, publish
+from app.steps import check, pinning, provenance, publish
 from app.steps.render import Renderer
 from tests.conftest import asked, walk
 from tests.conftest import run_body as plain_body
@@ -61,7 +61,8 @@ async def test_an_unmounted_root_is_waited_for_and_the_session_goes_on_when_it_i
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Renderer, "render"), (provenance, "write"), (check, "check"), (publish, "publish")]
+    ("owner", "name"),
+    [(pinning, "pin"), (Renderer, "render"), (provenance, "write"), (check, "check"), (publish, "publish")],
 )
 async def test_a_root_that_goes_away_in_the_middle_of_a_step_is_waited_for(
     lab: Path, owner: object, name: str, monkeypatch: pytest.MonkeyPatch

@@ -156,7 +156,7 @@ class Pipeline:
         try:
             result = await self._attempted(session, verify=verify)
             if isinstance(result, Failure):
-                if obstacle := await thread(_away, session):
+                if obstacle := await self._away(session):
                     raise obstacle
                 return await self.fail(session, result)
             return await self._recorded(session, result)
@@ -186,7 +186,7 @@ class Pipeline:
         except StoreUnavailable as unavailable:
             raise BlockedOn(unavailable.code, unavailable.message) from unavailable
         except OSError as error:
-            if obstacle := blocked_by(error) or await thread(_away, session):
+            if obstacle := blocked_by(error) or await self._away(session):
                 raise obstacle from error
             return _internal(session)
         except Exception:  # noqa: BLE001 - the edge of a step: whatever it is, the session must learn of it
@@ -294,14 +294,19 @@ class Pipeline:
         known = root in self._founded or await self._store.knows_root(root)
         present = await thread(publish.root_present, root)
         if known and not present:
-            raise BlockedOn(
-                "not_mounted", f"the data root is not mounted: {root} has no {publish.STAGING} folder"
-            )
+            raise _not_mounted(root)
         if not present:
             await thread(publish.found_root, root)
         if not known:
             await self._store.note_root(root)
         self._founded.add(root)
+
+    async def _away(self, session: Session) -> BlockedOn | None:
+        """The root of the session's files, if it went away: then nothing that a step has found there is true."""
+        root = session.local_root or self._config.current.paths.local_root
+        if root is None or await thread(publish.root_present, root):
+            return None
+        return _not_mounted(root)
 
     async def _render(self, session: Session) -> tuple[Outcome, ...] | Failure:
         pinned, destination = pinned_by(session), known(session.destination)
@@ -548,11 +553,8 @@ def _begun(session: Session, folder: Path | None) -> Path | None:
     return next((tree for tree in folder.glob("*/tree") if any(tree.iterdir())), None)
 
 
-def _away(session: Session) -> BlockedOn | None:
-    """The root of the session's files, if it went away: then nothing that a step has found there is true."""
-    if session.local_root is None or publish.root_present(session.local_root):
-        return None
-    return BlockedOn("not_mounted", f"the file system is not mounted: {session.local_root}")
+def _not_mounted(root: Path) -> BlockedOn:
+    return BlockedOn("not_mounted", f"the data root is not mounted: {root} has no {publish.STAGING} folder")
 
 
 def _may_be_there(tree: Path | None) -> bool:
