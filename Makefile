@@ -6,12 +6,16 @@ BIN := .venv/bin
 # clock that jumps.
 PROGRAMS := acl strace sqlite3 curl chromium faketime
 
+MINUTES := 30
+# Tests that do a share of what has a command for the whole.
+SWEPT := deaths errors power mutants soak
+
 # The build of the package itself is held to the same versions.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test sweep quick bench format wheel constraints programs clean
+.PHONY: demo test sweep soak quick bench format wheel constraints programs clean
 
 demo: .venv/complete ## serve a small laboratory, on a free port
 	$(BIN)/exlab-sessions serve --demo
@@ -22,11 +26,15 @@ test: programs .venv/complete ## everything
 	$(BIN)/mypy
 	$(BIN)/pytest -n logical --dist loadfile -m 'not sweep'
 
-sweep: programs .venv/complete ## the whole of what `test` does a share of; more than an hour
+sweep: programs .venv/complete ## the whole of what `test` does a share of; hours
 	$(BIN)/python -m tests.survival deaths
+	$(BIN)/python -m tests.survival errors
 	$(BIN)/python -m tests.survival power
-	SURVIVAL_SHARE=1 $(BIN)/pytest -s tests/survival --deselect tests/survival/test_deaths.py \
-		--deselect tests/survival/test_power.py
+	$(BIN)/python -m tests.survival mutants
+	SURVIVAL_SHARE=1 $(BIN)/pytest -s tests/survival $(SWEPT:%=--ignore tests/survival/test_%.py)
+
+soak: programs .venv/complete ## everything at once for half an hour; `make soak MINUTES=480` for longer
+	$(BIN)/python -m tests.survival soak --minutes $(MINUTES)
 
 quick: .venv/complete ## the tests that take less than a minute each
 	$(BIN)/pytest -n logical --dist loadfile -m 'not slow and not sweep'
