@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.survival.knife import Call, Verdict
-from tests.survival.lanes import Fate, Lane, lanes, nothing_happens
+from tests.survival.lanes import Fate, Lane, nothing_happens, swept
 from tests.survival.scenarios import HEALS_WITHIN, Course, Gone
 from tests.survival.stage import ROOT
 
@@ -42,7 +42,7 @@ class Trial(NamedTuple):
     """What became of one point: the calls at which the service died, and what was wrong in the end."""
 
     point: Point
-    fell: tuple[str, ...]
+    befell: tuple[str, ...]
     wrong: tuple[str, ...]
 
 
@@ -115,7 +115,9 @@ class Tally:
     def add(self, trial: Trial) -> None:
         self.trials += 1
         at = trial.point
-        for (phase, number), fell in zip((("run", at.call), ("restart", at.again)), trial.fell, strict=False):
+        for (phase, number), fell in zip(
+            (("run", at.call), ("restart", at.again)), trial.befell, strict=False
+        ):
             self.deaths.add((f"{at.scenario} {phase}", number, fell))
         if trial.wrong:
             self.failed.append(trial)
@@ -131,17 +133,11 @@ def sweep(
 ) -> Tally:
     """Try the `chosen` points, or a share of all, several beside each other; `root` is where the product stands."""
     tally = Tally()
-    with lanes(root) as opened:
-        if not chosen:
-            counts = opened.counted()
-            tell(f"seed {seed}, {sum(counts.values())} calls: {counts}")
-            chosen = points(counts, share, seed)
-        for trial in opened.spread(_trial, chosen):
-            tally.add(trial)
-            if trial.wrong:
-                tell(f"{trial.fell}; the same again: python -m tests.survival deaths {trial.point}")
-                for each in trial.wrong:
-                    tell(f"    {each}")
+    tell(f"seed {seed}")
+    for trial in swept(
+        "deaths", _trial, chosen, lambda counts: points(counts, share, seed), tell=tell, root=root
+    ):
+        tally.add(trial)
     for line in tally.lines():
         tell(line)
     return tally

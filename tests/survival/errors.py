@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tests.survival.knife import Call, Verdict
-from tests.survival.lanes import Lane, lanes, nothing_happens
+from tests.survival.lanes import Lane, nothing_happens, swept
 from tests.survival.scenarios import HEALS_WITHIN, Course, Gone
 from tests.survival.stage import ROOT
 
@@ -102,7 +102,7 @@ class Trial(NamedTuple):
     """What became of one point: the calls that failed, how often the service ended itself, and what was wrong."""
 
     point: Point
-    calls: tuple[str, ...]
+    befell: tuple[str, ...]
     ends: tuple[int, ...]
     wrong: tuple[str, ...]
 
@@ -182,9 +182,9 @@ class Tally:
         self.failed: list[Trial] = []
 
     def add(self, trial: Trial) -> None:
-        if trial.calls:
+        if trial.befell:
             self.injected.add(trial.point)
-        self.calls.update(trial.calls)
+        self.calls.update(trial.befell)
         self.ends.update(trial.ends)
         if trial.wrong:
             self.failed.append(trial)
@@ -200,17 +200,11 @@ def sweep(
 ) -> Tally:
     """Try the `chosen` points, or a `number` of all, several beside each other; `root` is where the product stands."""
     tally = Tally()
-    with lanes(root) as opened:
-        if not chosen:
-            counts = opened.counted()
-            tell(f"seed {seed}, {sum(counts.values())} calls: {counts}")
-            chosen = points(counts, number, seed)
-        for trial in opened.spread(_trial, chosen):
-            tally.add(trial)
-            if trial.wrong:
-                tell(f"{trial.calls}; the same again: python -m tests.survival errors {trial.point}")
-                for each in trial.wrong:
-                    tell(f"    {each}")
+    tell(f"seed {seed}")
+    for trial in swept(
+        "errors", _trial, chosen, lambda counts: points(counts, number, seed), tell=tell, root=root
+    ):
+        tally.add(trial)
     for line in tally.lines():
         tell(line)
     return tally

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tests.survival.knife import Call, Verdict
 from tests.survival.scenarios import SCENARIOS, Course, Gone, Lab, Operator, empty_store
@@ -28,6 +28,7 @@ _CHECK_SECONDS = 10.0
 
 P = TypeVar("P")
 T = TypeVar("T")
+R = TypeVar("R", bound="Outcome")
 
 Fate = Callable[[int, Call], Verdict]
 """What becomes of a call, given how many there were since the fuse was lit, this one counted."""
@@ -213,3 +214,40 @@ def lanes(root: Path = ROOT) -> Iterator[Lanes]:
             yield opened
         finally:
             opened.close()
+
+
+class Outcome(Protocol):
+    """What became of a point: `str(point)` names it to the command that tries it again."""
+
+    @property
+    def point(self) -> object: ...
+    @property
+    def befell(self) -> tuple[str, ...]:
+        """The calls that something was done to."""
+        ...
+
+    @property
+    def wrong(self) -> tuple[str, ...]: ...
+
+
+def swept(
+    command: str,
+    trial: Callable[[Lane, P], R],
+    chosen: Sequence[P],
+    choose: Callable[[dict[str, int]], Sequence[P]],
+    *,
+    tell: Callable[[str], None],
+    root: Path,
+) -> Iterator[R]:
+    """Try the `chosen` points, or those that `choose` takes of all calls, and tell what is wrong."""
+    with lanes(root) as opened:
+        if not chosen:
+            counts = opened.counted()
+            tell(f"{sum(counts.values())} calls: {counts}")
+            chosen = choose(counts)
+        for outcome in opened.spread(trial, chosen):
+            if outcome.wrong:
+                tell(f"{outcome.befell}; the same again: python -m tests.survival {command} {outcome.point}")
+                for each in outcome.wrong:
+                    tell(f"    {each}")
+            yield outcome

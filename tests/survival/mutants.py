@@ -141,8 +141,8 @@ class Deaths(NamedTuple):
                 except (AssertionError, Gone) as failed:
                     return f"no death: {str(failed) or 'the service died of itself'}"
                 if trial.wrong:
-                    return f"{', '.join(trial.fell) or 'no death'}: {trial.wrong[0]}"
-                if not trial.fell:
+                    return f"{', '.join(trial.befell) or 'no death'}: {trial.wrong[0]}"
+                if not trial.befell:
                     raise Missed(f"{self.at} is not reached")
         return None
 
@@ -174,9 +174,9 @@ class Errors(NamedTuple):
                 trial = errors._trial(lane, errors.Point(self.at.scenario, 1, self.error, "once"))  # noqa: SLF001
             except (AssertionError, Gone) as failed:
                 return f"no error: {str(failed) or 'the service died of itself'}"
-        if not trial.calls:
+        if not trial.befell:
             raise Missed(f"{self.at} is not reached")
-        return f"{', '.join(trial.calls)}: {trial.wrong[0]}" if trial.wrong else None
+        return f"{', '.join(trial.befell)}: {trial.wrong[0]}" if trial.wrong else None
 
 
 class Cuts(NamedTuple):
