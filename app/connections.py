@@ -10,6 +10,7 @@ import asyncio
 import os
 import queue
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from app import disk
 from app.errors import StoreBroken, StoreUnavailable
 
 log = structlog.get_logger()
@@ -145,7 +147,10 @@ class Writer:
 
     def start(self) -> None:
         self._identity = _identity(self._path)
-        self._connection = engine(self._path).connect()
+        try:
+            self._connection = engine(self._path).connect()
+        except DBAPIError as error:
+            raise StoreUnavailable(f"{self._path} cannot be opened now: {error.orig}") from error
         self._thread.start()
 
     async def write(self, run: Callable[[Connection], T], committed: Callable[[T], None]) -> T:
@@ -230,7 +235,7 @@ class Writer:
         if _identity(self._path) != self._identity:
             raise StoreBroken(f"{self._path} was moved, deleted or replaced while the service ran")
         if self._log_identity is not None and _identity(f"{self._path}-wal") != self._log_identity:
-            self._save_deleted_log()
+            self._put_back_log()
             raise StoreBroken(f"{self._path}-wal was moved, deleted or replaced while the service ran")
         started = time.perf_counter()
         try:
@@ -247,14 +252,24 @@ class Writer:
         self.units += len(group)
         return outcomes
 
-    def _save_deleted_log(self) -> None:
-        """Fold a log into the file that has no name any more, but is still open here; not beside another one."""
-        if _identity(f"{self._path}-wal") is not None:
-            return
+    def _put_back_log(self) -> None:
+        """Give a log that was deleted, and is still open here, a copy under its name, for the next start to recover.
+
+        Not in the place of another log; an empty one is made by any reader that comes. It is not folded into the
+        file: where that stopped halfway, nothing would be left that it could be done again from. Only Linux still
+        shows what has no name.
+        """
+        place = Path(f"{self._path}-wal")
         try:
-            self._connection.exec_driver_sql("PRAGMA wal_checkpoint(FULL)")
-        except DBAPIError as error:
-            log.error("The deleted log could not be folded in.", why=str(error.orig))
+            if place.exists() and place.stat().st_size:
+                return
+            opened = Path("/proc/self/fd").iterdir() if sys.platform == "linux" else ()
+            held = next((each for each in opened if _identity(each) == self._log_identity), None)
+            if held is not None:
+                disk.write_whole(place, held.read_bytes())
+                disk.sync_folder(place.parent)
+        except OSError as error:
+            log.error("The deleted log could not be put back.", why=str(error))
 
     def _attempt(self, unit: Unit) -> tuple[Any, Exception | None]:
         """The result of one unit, or what it raised, with its own writes undone."""

@@ -220,13 +220,26 @@ def _require_new(path: Path) -> None:
 
 
 def _backup(connection: Connection, path: Path, revision: str) -> Path:
+    """A copy that is whole wherever it has its name; what a death left of another one goes first."""
+    draft = path.with_name(f"{path.name}.backup")
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     target = path.with_name(f"{path.name}.before-{revision}-{stamp}-{secrets.token_hex(2)}")
-    connection.exec_driver_sql("VACUUM INTO ?", (str(target),))
-    disk.sync_file(target)
+    _remove_draft(draft)
+    try:
+        connection.exec_driver_sql("VACUUM INTO ?", (str(draft),))
+        disk.sync_file(draft)
+        draft.rename(target)
+    except BaseException:
+        _remove_draft(draft)
+        raise
     disk.sync_folder(path.parent)
     log.info("The database was backed up before its migration.", event_id="store.backup", backup=str(target))
     return target
+
+
+def _remove_draft(draft: Path) -> None:
+    for left in (draft, draft.with_name(f"{draft.name}-journal")):
+        left.unlink(missing_ok=True)
 
 
 def _migrate(connection: Connection) -> None:

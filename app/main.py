@@ -18,7 +18,7 @@ import uvicorn
 from litestar.types import ASGIApp
 
 from app import disk, telemetry
-from app.errors import StoreBroken, StoreRefused
+from app.errors import StoreBroken, StoreRefused, StoreUnavailable
 from app.sessions.events import timestamp
 from app.sessions.feed import Feed
 from app.sessions.pipeline import Pipeline
@@ -157,7 +157,7 @@ def serve(
         signal.signal(number, _obeyed)
     try:
         return asyncio.run(_serve(ConfigFile(config_path), host, port, hold, ready))
-    except (StoreRefused, OSError) as refused:
+    except (StoreRefused, StoreUnavailable, OSError) as refused:
         print(f"exlab-sessions: {refused}", file=sys.stderr)
         return 1
     finally:

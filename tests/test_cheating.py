@@ -228,7 +228,9 @@ def test_a_plugin_that_says_the_disk_is_full_when_it_is_not_fails(lab: Path) -> 
     with running(lab / "config.yaml") as service, service.http() as http:
         done = finished(http, name)
     assert done["state"] == "done"
-    [warning] = done["result"]["warnings"]  # type: ignore[index]
+    # It gets a second chance: at first it may have been somebody else who filled the disk.
+    [waited, warning] = done["result"]["warnings"]  # type: ignore[index]
+    assert waited["code"] == "disk_full"
     assert warning["code"] == "plugin_failed" and "room" in warning["message"]
 
 

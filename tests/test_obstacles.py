@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,44 @@ async def test_a_root_that_goes_away_in_the_middle_of_a_step_is_waited_for(
         (lab / "data").rmdir()
         (lab / "away").rename(lab / "data")
         await until(house.store, session.session_id, State.DONE)
+
+
+async def test_a_tree_that_the_disk_cannot_read_any_more_is_given_up_where_no_cancel_is_possible(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(tree: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(tree))
+
+    with monkeypatch.context() as unpublished:
+        unpublished.setattr(publish, "publish", unreadable)
+        before = await stopped_in(lab, State.SYNC_QUEUED, monkeypatch)
+    monkeypatch.setattr(publish, "verify", unreadable)
+    async with living(lab) as house:
+        waiting = await blocked(house.store, before.session_id)
+        assert waiting.blocked_on is not None and waiting.blocked_on["code"] == "disk_error"
+        monkeypatch.setattr("app.sessions.pipeline.UNREADABLE_AFTER", timedelta())
+        after = await until(house.store, before.session_id, State.FAILED)
+    assert after.error is not None and after.error.code == "staging_lost"
+
+
+async def test_a_disk_that_answers_nothing_but_errors_is_waited_for(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await stopped_in(lab, State.RENDERING, monkeypatch)
+    down = errno.EHOSTDOWN
+
+    def no_answer(path: Path) -> os.stat_result:
+        if ".exlab-sessions" in path.parts:
+            raise OSError(down, os.strerror(down), str(path))
+        return os.stat(path)
+
+    async with living(lab) as house:
+        with monkeypatch.context() as broken:
+            broken.setattr(Path, "stat", lambda path, **_: no_answer(path))
+            broken.setattr(os.path, "isdir", lambda path: ".exlab-sessions" not in str(path))
+            waiting = await blocked(house.store, before.session_id)
+        assert waiting.blocked_on is not None and waiting.blocked_on["code"] == "not_mounted"
+        await until(house.store, before.session_id, State.DONE)
 
 
 async def test_a_cancel_while_the_root_is_away_keeps_what_was_built(

@@ -59,8 +59,11 @@ _NAMING = {"project": "lims_project.short_id", "run": "run_date"}
 SHOWN_BYTES = 64 * 1024
 
 _WITH_TREE = (State.PLUGIN_PASS, State.CACHE_WRITE, State.POST_VALIDATE, State.SYNC_QUEUED)
+_ON_ROOT = (State.VALIDATING, State.RENDERING, *_WITH_TREE[:-1])
+"""Where a step finds out something on the data root that is still open; after those it is found out by publishing."""
 
 RETRY_SECONDS = (1, 2, 4, 8, 10)
+UNREADABLE_AFTER = timedelta(minutes=10)
 
 
 class Pipeline:
@@ -155,9 +158,9 @@ class Pipeline:
     async def _advance(self, session: Session, *, verify: bool) -> Session:
         try:
             result = await self._attempted(session, verify=verify)
+            if session.state in _ON_ROOT and (obstacle := await self._away(session)):
+                raise obstacle
             if isinstance(result, Failure):
-                if obstacle := await self._away(session):
-                    raise obstacle
                 return await self.fail(session, result)
             return await self._recorded(session, result)
         except BlockedOn as obstacle:
@@ -229,8 +232,12 @@ class Pipeline:
         if session.state is State.SYNC_QUEUED and not await thread(os.path.lexists, tree):
             return None  # perhaps published already: that is for the step to find out
         digest = await self._store.manifest(session.session_id)
-        if await thread(publish.verify, tree, digest, owned=provenance.OWNED):
-            return None
+        try:
+            if await thread(publish.verify, tree, digest, owned=provenance.OWNED):
+                return None
+        except OSError as error:
+            if not _is_unreadable_for_good(session, error):
+                raise
         return Failure(
             code="staging_lost", message="The files that this session had built are not as it left them."
         )
@@ -295,9 +302,8 @@ class Pipeline:
         present = await thread(publish.root_present, root)
         if known and not present:
             raise _not_mounted(root)
-        if not present:
-            await thread(publish.found_root, root)
         if not known:
+            await thread(publish.found_root, root)
             await self._store.note_root(root)
         self._founded.add(root)
 
@@ -312,7 +318,7 @@ class Pipeline:
         pinned, destination = pinned_by(session), known(session.destination)
         folder = publish.session_folder(known(session.local_root), session.session_id)
         tree = await thread(publish.prepare, folder, destination)
-        if not await thread((folder / "template").is_dir):
+        if not await thread(publish.is_there, folder / "template"):
             return Failure(code="staging_lost", message="The copy of the template that was made is gone.")
         job = render.Job(
             template=folder / "template",
@@ -551,6 +557,18 @@ def _begun(session: Session, folder: Path | None) -> Path | None:
     if session.tree is not None or folder is None:
         return session.tree
     return next((tree for tree in folder.glob("*/tree") if any(tree.iterdir())), None)
+
+
+def _is_unreadable_for_good(session: Session, error: OSError) -> bool:
+    """A bad sector does not pass by itself, and this session cannot be cancelled any more."""
+    blocked = session.blocked_on or {}
+    if (
+        session.state is not State.SYNC_QUEUED
+        or error.errno != errno.EIO
+        or blocked.get("code") != "disk_error"
+    ):
+        return False
+    return datetime.now(UTC) - datetime.fromisoformat(str(blocked["since"])) > UNREADABLE_AFTER
 
 
 def _not_mounted(root: Path) -> BlockedOn:

@@ -217,7 +217,8 @@ class PluginPass:
         if full is None:
             return outcome
         # At first it may have been another program that filled the disk; the second time it was the plugin.
-        if session.blocked_on is None or not await thread(_has_room, known(session.tree)):
+        before = (session.blocked_on or {}).get("code")
+        if before != "disk_full" or not await thread(_has_room, known(session.tree)):
             raise full
         return turn.ran("failed", "it ran out of room on a disk that has some without it")
 

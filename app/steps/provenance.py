@@ -167,6 +167,8 @@ def set_sync_status(folder: Path, status: str) -> None:
             del record["sync_status"]
         if record != found:
             _replace(path, record)
+        else:
+            disk.sync_folder(path.parent)  # the replacing may have been cut off before its own
 
 
 def session_of(folder: Path) -> str | None:

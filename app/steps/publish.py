@@ -49,7 +49,7 @@ def found_root(local_root: Path) -> None:
 
 def root_present(local_root: Path) -> bool:
     """Whether the data root is there: the mount point of an unmounted disk is an empty folder."""
-    return (local_root / STAGING).is_dir()
+    return os.path.isdir(local_root / STAGING)  # also no where the disk answers nothing but errors
 
 
 def residents(local_root: Path) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def branch(tree: Path) -> Path:
 
 def bring_along(tree: Path, copy: Path, name: str) -> None:
     """Copies the file `name` beside a tree, if it is there, to beside the copy of that tree."""
-    if _is_there(tree.parent / name):
+    if is_there(tree.parent / name):
         _remove(copy.parent / name)
         _copy_one(tree.parent / name, copy.parent / name)
         disk.sync_file(copy.parent / name)
@@ -156,7 +156,7 @@ def seal(tree: Path, *, owned: frozenset[str]) -> str:
 def verify(tree: Path, digest: str, *, owned: frozenset[str]) -> bool:
     """Whether a tree is as it was when it was sealed: names, kinds, modes, contents, targets of links."""
     _require_root(tree.parent.parent)
-    if not _is_there(tree):
+    if not is_there(tree):
         return False
     return hashlib.sha256(_manifest(tree, owned)).hexdigest() == digest
 
@@ -171,10 +171,10 @@ def publish(tree: Path, destination: Path, session_id: str) -> Failure | None:
     2. only the destination, and this session made it: sync again what a crash may have left unsynced
     3. neither, or somebody else's folder: `staging_lost`; touch nothing
     """
-    if _is_there(tree):
+    if is_there(tree):
         return _move(tree, destination)
     _require_root(tree.parent.parent)
-    if not _is_there(destination):
+    if not is_there(destination):
         return _lost(f"The built folder is neither at {tree} nor at {destination}.")
     if provenance.session_of(destination) != session_id:
         return _lost(f"The built folder is gone, and {destination} was made by something else.")
@@ -192,7 +192,7 @@ def discard(session_folder: Path) -> None:
 def keep(session_folder: Path, tree: Path) -> Path | None:
     """Removes all but a partial tree and tells where it is; None when there was none, and nothing is left."""
     _require_root(session_folder)
-    if not _is_there(tree):
+    if not is_there(tree):
         discard(session_folder)
         return None
     for folder, kept in ((session_folder, tree.parent), (tree.parent, tree)):
@@ -208,7 +208,7 @@ def _require_root(session_folder: Path) -> None:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(session_folder.parent.parent))
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
     """Whether the name is taken, by whatever. Not being allowed to look is an error, not a no."""
     try:
         path.lstat()
@@ -340,6 +340,7 @@ def _way(tree: Path, destination: Path) -> list[Path]:
 def _make_way(tree: Path, destination: Path) -> None:
     """Makes the parents that are missing, and syncs them all: a crash may have left some unsynced."""
     for folder in _way(tree, destination):
+        _require_root(tree.parents[1])
         folder.mkdir(exist_ok=True)
         disk.sync_folder(folder.parent)
 
@@ -371,7 +372,7 @@ def _remove(path: Path) -> None:
     """
     gone = path.with_name(path.name + _GONE)
     _erase(gone)
-    if _is_there(path):
+    if is_there(path):
         path.rename(gone)
         _erase(gone)
 
@@ -383,7 +384,7 @@ def _erase(path: Path) -> None:
             disk.remove(path)
             return
         except OSError:
-            if not _is_there(path):
+            if not is_there(path):
                 return
             if not tries_left:
                 raise

@@ -52,6 +52,8 @@ _KEYS = frozenset(
         *("path", "kind", "summary", "detail"),
     )
 )
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETXTBSY)
+"""What the file of an interpreter may be in the way with that is there, and fit to run."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST_LOGGED = 7999  # one character less than a plugin's process passes on
 _log = structlog.get_logger(__name__)
@@ -264,7 +266,7 @@ class Host:
                 raise BlockedOn("plugin_host_not_started", message) from error
             raise Unavailable(f"{self._command()[0]} cannot run plugins: {_end(str(error))}") from error
         except OSError as error:
-            if error.filename != self._command()[0]:
+            if error.filename != self._command()[0] or error.errno in _PASSING:
                 raise
             raise Unavailable(f"{error.filename} cannot be started: {error.strerror}") from error
         if run.refused is not None:
