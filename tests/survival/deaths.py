@@ -7,6 +7,7 @@ session driven within ten seconds, and end it as the scenario ends; then the who
 """
 
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from tests.survival.knife import Call, Verdict
 from tests.survival.lanes import Fate, Lane, nothing_happens, swept
-from tests.survival.scenarios import HEALS_WITHIN, Course, Gone
+from tests.survival.scenarios import Course, Gone
 from tests.survival.stage import ROOT
 
 RESTART_CALLS = 120
@@ -46,7 +47,7 @@ class Trial(NamedTuple):
     wrong: tuple[str, ...]
 
 
-def _die_at(last: int) -> Fate:
+def die_at(last: int) -> Fate:
     """Die at a call; a call that is counted later was made by a child that did not know yet."""
 
     def fate(number: int, _call: Call) -> Verdict:
@@ -57,25 +58,30 @@ def _die_at(last: int) -> Fate:
 
 def _trial(lane: Lane, at: Point) -> Trial:
     """Die once or twice, finish, check."""
-    course = lane.begin(at.scenario)
-    lane.fuse.light(_die_at(at.call))
     fell: list[str] = []
-    wrong: list[str] = []
     try:
-        if _dies(lane, course, fell) and at.again:
-            lane.restart(_die_at(at.again))
-            _dies(lane, course, fell)
-        if not lane.life.alive:
-            lane.restart(nothing_happens)
-            lane.accompany(course)
-            if course.driven_after > HEALS_WITHIN:
-                wrong.append(f"{course.key}: it was taken up {course.driven_after:.1f} s after the restart")
-        wrong += lane.judge(course)
+        wrong = _tried(lane, at, fell)
     except (AssertionError, Gone) as failed:
-        wrong.append(f"{course.key}: {str(failed) or 'the service died of itself'}")
+        wrong = [f"{at}: {str(failed) or 'the service died of itself'}"]
+    except Exception:  # noqa: BLE001 - the edge of a trial: the others go on, and this one is told as what it is
+        wrong = [f"{at}: {traceback.format_exc()}"]
+    wrong += lane.fuse.seen_in_part()
     if wrong:
         lane.abandon()
     return Trial(at, tuple(fell), tuple(wrong))
+
+
+def _tried(lane: Lane, at: Point, fell: list[str]) -> list[str]:
+    """What is wrong in the end; `fell` gets the calls at which the service died."""
+    course = lane.begin(at.scenario)
+    lane.fuse.light(die_at(at.call))
+    if _dies(lane, course, fell) and at.again:
+        lane.restart(die_at(at.again))
+        _dies(lane, course, fell)
+    if not lane.life.alive:
+        lane.restart(nothing_happens)
+        lane.accompany(course)
+    return lane.judge(course)
 
 
 def _dies(lane: Lane, course: Course, fell: list[str]) -> bool:
@@ -85,11 +91,11 @@ def _dies(lane: Lane, course: Course, fell: list[str]) -> bool:
     except Gone:
         if lane.fuse.fell is None:
             raise
-    if lane.fuse.fell is None:
+    if (call := lane.fuse.put_out()) is None:
         return False
     lane.life.end()
     course.died()
-    fell.append(lane.fuse.fell)
+    fell.append(call)
     return True
 
 

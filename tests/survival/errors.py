@@ -10,28 +10,31 @@ be. Only what a plugin or a template does with its own errors may end the sessio
 import errno
 import random
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tests.survival.knife import Call, Verdict
-from tests.survival.lanes import Lane, nothing_happens, swept
+from tests.survival.lanes import Fate, Lane, nothing_happens, swept
 from tests.survival.scenarios import HEALS_WITHIN, Course, Gone
-from tests.survival.stage import ROOT
+from tests.survival.stage import ROOT, Life
 
 LASTS = 1.0
 """Seconds for which a disk fails that does so for a while."""
 _SYNCS = frozenset({"fsync", "fdatasync"})
-_SPARED = {
-    "ENOSPC": frozenset({"unlink", "unlinkat", "rmdir", "chmod", "fchmod", "fchmodat", "utimensat"}),
-    "EIO": frozenset[str](),
-    "EROFS": _SYNCS,
+SPARED = {
+    errno.ENOSPC: frozenset({"unlink", "unlinkat", "rmdir", "chmod", "fchmod", "fchmodat", "utimensat"}),
+    errno.EIO: frozenset[str](),
+    errno.EROFS: _SYNCS,
 }
 """The errors, and the calls that never end with them."""
-_STORE = "state/sessions.sqlite3"
+_STATE = "state"
 _STARTS = 40
-_LAST_WORD = {1: "it refuses to start", 70: "the store may be lying"}
+_REFUSED, _LYING = 1, 70
+"""The exit codes of a service that refuses to start, and of one whose store may be lying."""
+_SOON = 5.0
 _AT_REST_SECONDS = 1.0
 
 How = Literal["once", "lasting"]
@@ -55,47 +58,68 @@ def point(text: str) -> Point:
     return Point(scenario, int(call), error, "lasting" if how == "lasting" else "once")
 
 
-class _Fault:
-    """One failing of a disk, also across restarts: a fate that knows when it has come and gone."""
+class Disk:
+    """One disk that fails from a call on, that call alone or for `seconds`: a fate, also across restarts."""
 
-    def __init__(self, at: Point, course: Course) -> None:
-        self._at = at
-        self._course = course
-        self._number = getattr(errno, at.error)
-        self._disk = ""
+    def __init__(self, number: int, begin: int, seconds: float) -> None:
+        self._number = number
+        self._begin = begin
+        self._seconds = seconds
         self._until = 0.0
-        self.calls: list[str] = []
+        self.name = ""
+        self.calls: list[Call] = []
         """What has failed."""
-        self.is_distrusted = False
-        """A sync of the store has failed: the service must end itself."""
 
     def __call__(self, number: int, call: Call) -> Verdict:
-        if call.name in _SPARED[self._at.error] or not (self._begins(number) or self._goes_on(call)):
+        if call.name in SPARED[self._number] or not (self._begins(number) or self._goes_on(call)):
             return "go on"
         if not self.calls:
-            self._disk, self._until = _disk(call), time.monotonic() + LASTS
-        self.calls.append(call.name)
-        store = call.path.startswith(_STORE) and call.own
-        self.is_distrusted |= store and call.name in _SYNCS and self._at.error == "EIO"
-        if not call.own:
-            self._course.excused.add(("failed", "plugin_failed"))
-        return int(self._number)
+            self.name, self._until = _disk(call), time.monotonic() + self._seconds
+        self.calls.append(call)
+        return self._number
 
     def _begins(self, number: int) -> bool:
-        return not self.calls and number >= self._at.call
+        return not self.calls and number >= self._begin
 
     def _goes_on(self, call: Call) -> bool:
-        return self._at.how == "lasting" and _disk(call) == self._disk and time.monotonic() < self._until
+        return _disk(call) == self.name and time.monotonic() < self._until
 
     @property
     def over_since(self) -> float:
-        """Seconds since the disk is well again."""
-        over = self._until if self._at.how == "lasting" else self._until - LASTS
-        return time.monotonic() - over
+        """Seconds since it is well again."""
+        return time.monotonic() - self._until
+
+    @property
+    def met_store(self) -> bool:
+        """Whether the store may be lying because of it."""
+        return any(call.own and call.path.startswith(_STATE) for call in self.calls)
+
+    @property
+    def met_sync(self) -> bool:
+        """Whether a sync of the store has failed: then it must be taken for lying."""
+        store = [
+            call for call in self.calls if call.own and call.path.startswith(f"{_STATE}/sessions.sqlite3")
+        ]
+        return self._number == errno.EIO and any(
+            call.name in _SYNCS and call.path.endswith("-wal") for call in store
+        )
 
 
 def _disk(call: Call) -> str:
     return Path(call.path).parts[0] if Path(call.path).parts else ""
+
+
+def unexplained(life: Life, status: int) -> str | None:
+    """Why an end of the service by itself is wrong: one that a disk explains has a last word, and no other."""
+    if status == _REFUSED and life.url:
+        return "the service ended with 1 after it was ready"
+    if status not in (_REFUSED, _LYING):
+        return f"the service ended with {status}"
+    said = life.said()
+    last = ([line for line in said.splitlines() if line.strip()] or ["nothing"])[-1]
+    if not last.startswith("exlab-sessions: ") or "\nTraceback" in said:
+        return f"the service ended with {status}, and its last word was {last[:200]!r}"
+    return None
 
 
 class Trial(NamedTuple):
@@ -108,45 +132,71 @@ class Trial(NamedTuple):
 
 
 def _trial(lane: Lane, at: Point) -> Trial:
-    course = lane.begin(at.scenario)
-    fault = _Fault(at, course)
-    lane.fuse.light(fault)
+    disk = Disk(getattr(errno, at.error), at.call, LASTS if at.how == "lasting" else 0.0)
     ends: list[int] = []
-    wrong: list[str] = []
     try:
-        _see_through(lane, course, fault, ends)
-        if fault.calls and (took := fault.over_since) > 2 * HEALS_WITHIN:
-            wrong.append(f"{course.key}: it ended {took:.1f} s after the disk was well again")
-        if fault.is_distrusted and not ends:
-            wrong.append(f"{course.key}: the service went on after a failed sync of its store")
-        wrong += _at_rest(lane, course)
+        wrong = _tried(lane, at, disk, ends)
     except (AssertionError, Gone) as failed:
-        wrong.append(f"{course.key}: {str(failed) or 'the service ended without a reason'}")
+        wrong = [f"{at}: {str(failed) or 'the service ended without a reason'}"]
+    except Exception:  # noqa: BLE001 - the edge of a trial: the others go on, and this one is told as what it is
+        wrong = [f"{at}: {traceback.format_exc()}"]
+    wrong += lane.fuse.seen_in_part()
     if wrong:
         lane.abandon()
-    return Trial(at, tuple(fault.calls), tuple(ends), tuple(wrong))
+    return Trial(at, tuple(call.name for call in disk.calls), tuple(ends), tuple(wrong))
 
 
-def _see_through(lane: Lane, course: Course, fault: _Fault, ends: list[int]) -> None:
+def _tried(lane: Lane, at: Point, disk: Disk, ends: list[int]) -> list[str]:
+    """What is wrong in the end; `ends` gets the exit codes of a service that ended by itself meanwhile."""
+    course = lane.begin(at.scenario)
+
+    def fate(number: int, call: Call) -> Verdict:
+        verdict = disk(number, call)
+        if verdict != "go on" and not call.own:
+            course.excused.add(("failed", "plugin_failed"))
+        return verdict
+
+    lane.fuse.light(fate)
+    _see_through(lane, course, disk, fate, ends)
+    late = bool(disk.calls) and disk.over_since > 2 * HEALS_WITHIN
+    wrong = _at_rest(lane, course)
+    if late:
+        wrong.append(f"{course.key}: it ended long after the disk was well again")
+    if disk.met_sync and _LYING not in ends:
+        wrong.append(f"{course.key}: the service went on after a failed sync of its store")
+    return wrong
+
+
+def _see_through(lane: Lane, course: Course, disk: Disk, fate: Fate, ends: list[int]) -> None:
     """Start the service again as often as it ends itself, until the session has come to its end."""
     while len(ends) < _STARTS:
         try:
-            lane.accompany(course)
+            _accompany(lane, course, disk)
         except Gone:
             status = lane.life.end()
-            if not fault.calls or status not in _LAST_WORD:
-                raise AssertionError(f"{course.key}: the service ended with {status}") from None
+            assert disk.met_store, (
+                f"{course.key}: its store met no error, and the service ended with {status}"
+            )
+            why = unexplained(lane.life, status)
+            assert why is None, f"{course.key}: {why}"
             ends.append(status)
             course.died()
             time.sleep(0.1)
-            lane.restart(fault)
+            lane.restart(fate)
         else:
-            if ends and course.driven_after > HEALS_WITHIN:
-                raise AssertionError(
-                    f"{course.key}: it was taken up {course.driven_after:.1f} s after the restart"
-                )
             return
     raise AssertionError(f"{course.key}: the service ended itself {len(ends)} times")
+
+
+def _accompany(lane: Lane, course: Course, disk: Disk) -> None:
+    """To the end of the session; Gone, too, when the service is about to end itself after that."""
+    lane.accompany(course)
+    lane.fuse.put_out()
+    deadline = time.monotonic() + _SOON
+    while disk.met_sync and lane.life.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if not lane.life.alive:
+        raise Gone
 
 
 def _at_rest(lane: Lane, course: Course) -> list[str]:
@@ -167,7 +217,9 @@ def points(calls: dict[str, int], number: int, seed: int) -> list[Point]:
     every = [(name, call) for name, count in calls.items() for call in range(1, count + 1)]
     hows: tuple[How, How] = ("once", "lasting")
     return [
-        Point(*chance.choice(every), error=chance.choice(list(_SPARED)), how=chance.choice(hows))
+        Point(
+            *chance.choice(every), error=errno.errorcode[chance.choice(list(SPARED))], how=chance.choice(hows)
+        )
         for _ in range(number)
     ]
 

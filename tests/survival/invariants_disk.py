@@ -5,6 +5,7 @@ It promises to find a folder that is there in part, that nobody made, or that sh
 service tells of itself.
 """
 
+import hashlib
 import itertools
 import os
 import re
@@ -32,6 +33,9 @@ _SECOND = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d"
 _SCHEMA = "1.9"
 _OURS = ".exlab-wizard"
 _STAGING = ".exlab-sessions"
+_PROVENANCE = (_OURS, "README.md")
+_NAMES = re.compile(rb"PROJ-[0-9]+|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|/\S*/lab[0-9]*/")
+"""What is another one in each session, or in each laboratory."""
 
 
 class Ground(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,8 +203,10 @@ def _in_partial(ground: Ground, session: Session) -> Iterator[str]:
     error = as_dict(session.error)
     details = as_dict(error.get("details"))
     told, kept = details.get("partial_path"), session.partial_path
-    if kept is not None and kept != told:
+    if kept != told:
         yield f"its row keeps a partial tree at {kept}, its error says {told}"
+    if kept is not None and not Path(kept).is_relative_to(ground.root / _STAGING / session.session_id):
+        yield f"its partial tree {kept} is not where its own files are"
     if kept is not None and not Path(kept).is_dir():
         yield f"its partial tree {kept} is not there"
     discarded = bool(as_dict(session.cancel).get("discard_files")) and session.state == "aborted"
@@ -244,19 +250,35 @@ def _completeness(ground: Ground) -> Iterator[str]:
             continue
         if destination in projects and not _is_made(folder):
             continue  # a way to runs, which is looked at as such
-        found = _files(folder, but=_is_run_level if destination in projects else lambda _: False)
+        found = contents(folder)
         if found != wanted:
             lacking, more = sorted(wanted - found), sorted(found - wanted)
             yield f"the folder {destination} is not complete: it lacks {lacking} and has besides {more}"
 
 
-def _files(folder: Path, *, but: Callable[[str], bool]) -> frozenset[str]:
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return frozenset(str(path) for path in paths if not but(path.parts[0]))
+def contents(folder: Path) -> frozenset[str]:
+    """The files of a published folder, each with its content as far as all folders of its kind have it.
+
+    Left out are the runs of a project; of provenance, which tells of times and ids, is said whether it is filled.
+    """
+    return frozenset(
+        _described(path, path.relative_to(folder)) for path in folder.rglob("*") if _is_kept(folder, path)
+    )
 
 
-def _is_run_level(name: str) -> bool:
-    return name == "TestRuns" or name.startswith("Run_")
+def _is_kept(folder: Path, path: Path) -> bool:
+    top = path.relative_to(folder).parts[0]
+    return (path.is_symlink() or not path.is_dir()) and top != "TestRuns" and not top.startswith("Run_")
+
+
+def _described(path: Path, name: Path) -> str:
+    if path.is_symlink():
+        return f"{name} -> {os.readlink(path)}"
+    content = path.read_bytes()
+    if name.parts[0] in _PROVENANCE:
+        filled = content and b"\0" not in content
+        return f"{name} ({'filled' if filled else 'rubble'})"
+    return f"{name} ({hashlib.sha256(_NAMES.sub(b'ID', content)).hexdigest()[:8]})"
 
 
 def _in_folders(ground: Ground) -> Iterator[str]:

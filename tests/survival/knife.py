@@ -80,6 +80,7 @@ _SET_MODE_FILTER, _NEW_LISTENER, _WAIT_KILLABLE = 1, 1 << 3, 1 << 5
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _NOTIFICATION, _ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
 _GO_ON = 1
+_JOIN_SECONDS = 30.0
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _ASK = 0x7FFF0000, 0x7FC00000
 
@@ -156,8 +157,10 @@ class Knife:
         self._thread.start()
 
     def join(self) -> None:
-        """When nobody is left to ask. Raises what went wrong in deciding."""
-        self._thread.join()
+        """When nobody is left to ask. Raises what went wrong in deciding, and TimeoutError if somebody stays."""
+        self._thread.join(_JOIN_SECONDS)
+        if self._thread.is_alive():
+            raise TimeoutError(f"something that service {self._service} has started outlives it")
         if self.error is not None:
             raise self.error
 

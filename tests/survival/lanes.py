@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from threading import Lock
 from typing import Protocol, TypeVar
 
+from tests.survival.invariants_disk import contents
 from tests.survival.knife import Call, Verdict
 from tests.survival.scenarios import SCENARIOS, Course, Gone, Lab, Operator, empty_store
 from tests.survival.shares import LANES
@@ -54,6 +55,18 @@ class Fuse:
         with self._guard:
             self.count, self._fate, self.fell = 0, fate, None
 
+    def put_out(self) -> str | None:
+        """Let all further calls happen; the call that something was done to, if one was."""
+        with self._guard:
+            self._fate = nothing_happens
+            return self.fell
+
+    def seen_in_part(self) -> list[str]:
+        """The destinations that were neither absent nor complete at some call since this was asked."""
+        with self._guard:
+            partial, self.partial = sorted(self.partial), set()
+            return partial
+
     def __call__(self, call: Call) -> Verdict:
         with self._guard:
             self.count += 1
@@ -67,20 +80,16 @@ class Fuse:
         if self.course is None or self.course.destination is None or self.complete is None:
             return
         place = self.course.destination
-        if place.is_dir() and str(place) not in self.course.lab.foreign and contents(place) != self.complete:
-            self.partial.add(f"{place} is there in part: {sorted(contents(place))}")
+        if not place.is_dir() or str(place) in self.course.lab.foreign:
+            return
+        if (found := contents(place)) != self.complete:
+            self.partial.add(f"{place} is there in part: {sorted(found ^ self.complete)}")
 
 
 def _general(path: str) -> str:
     """A path without what is another one in each session."""
     path = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", path)
     return re.sub(r"PROJ-\d+", "PROJ", re.sub(r"\b[0-9a-f]{8,16}\b", "HEX", path))
-
-
-def contents(folder: Path) -> frozenset[str]:
-    """The files of a published folder; the runs of a project are not part of it."""
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return frozenset(str(path) for path in paths if not path.parts[0].startswith(("Run_", "TestRuns")))
 
 
 class Lane:
@@ -135,12 +144,16 @@ class Lane:
         self._life = self._stage.start(self._lab.config, decide=self.fuse)
 
     def accompany(self, course: Course) -> None:
-        """See the session to its end. Raises Gone when the service dies, and AssertionError for a wrong end."""
+        """See the session to its end, and its viewer, too.
+
+        Raises Gone when the service dies, and AssertionError for a wrong end.
+        """
         if not self.life.await_ready():
             raise Gone
         operator = Operator(course.lab, self.life)
         try:
             course.go(operator)
+            operator.see_end(spared=self.fuse.fell is not None)
         finally:
             operator.close()
 
@@ -160,8 +173,6 @@ class Lane:
         deadline = time.monotonic() + within
         while (wrong := lab.wrong()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        wrong += sorted(self.fuse.partial)
-        self.fuse.partial.clear()
         return wrong
 
     def abandon(self) -> None:

@@ -204,8 +204,8 @@ def _recording(image: Path, journal: Path) -> Iterator[None]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     recorder = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
     try:
-        assert recorder.stdout is not None
-        assert recorder.stdout.readline() == b"ready\n", "the recording disk did not come up"
+        if recorder.stdout is None or recorder.stdout.readline() != b"ready\n":
+            raise RuntimeError("the recording disk did not come up")
         yield
     finally:
         subprocess.run(["umount", "-l", image], check=False, capture_output=True)
@@ -234,9 +234,8 @@ def _unmount(image: Path, place: Path) -> None:
             break
         time.sleep(0.02)
     while _is_in_use(image):
-        assert time.monotonic() < deadline, (
-            f"{image} is in use {_UMOUNT_SECONDS} s after the end of its service"
-        )
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{image} is in use {_UMOUNT_SECONDS} s after the end of its service")
         time.sleep(0.01)
 
 
@@ -313,16 +312,13 @@ class _Witness(Operator):
     def __init__(self, lab: Lab, life: Life, told: _Told) -> None:
         super().__init__(lab, life)
         self._told = told
-        self._looks: dict[str, tuple[object, ...]] = {}
         self._place: Path | None = None
 
     def look(self, session_id: str) -> dict[str, Any]:
-        sent = self._told.now()
+        sent, before = self._told.now(), self._looks.get(session_id)
         handle = super().look(session_id)
         self._place = Path(handle["destination"]) if handle["destination"] else None
-        told = (handle["head_seq"], handle["state"])
-        if self._looks.get(session_id) != told:
-            self._looks[session_id] = told
+        if self._looks[session_id] != before:
             request = Request(method="GET", path=f"/sessions/{session_id}", status=200, answer=handle)
             self._told.requests.append(_Asked(sent, self._told.now(), request))
         return handle
@@ -543,7 +539,7 @@ def _chosen(play: _Play, journal: _Journal, count: int, chance: random.Random) -
     moments = {
         "answered": [each.answered for each in told.requests if each.request.method == "POST"],
         "shown": [each.at for connection in told.connections for each in connection.sent],
-        "ended": [connection.sent[-1].at for connection in told.connections],
+        "ended": [connection.sent[-1].at for connection in told.connections if connection.sent],
         "flushed": [journal.ends[number] for number in journal.flushes],
         "written": journal.ends,
     }
@@ -641,6 +637,7 @@ class Image(NamedTuple):
     live: int
     recovered: bool
     wrong: tuple[str, ...]
+    kept: Path | None
 
 
 class Tally:
@@ -705,14 +702,23 @@ def _one_play(folder: Path, stage: Stage, count: int, chance: random.Random) -> 
             journal.image(cut, again)
             wrong += _recovered(play, stage, again, cut)
             again.unlink()
+        kept = _kept(left) if wrong else None
         left.unlink()
-        yield Image(cut, lost, play.live(cut.at), recovered, tuple(wrong))
+        yield Image(cut, lost, play.live(cut.at), recovered, tuple(wrong), kept)
+
+
+def _kept(image: Path) -> Path:
+    """A copy of what a cut has left, to be looked at: another play falls otherwise."""
+    kept = Path(tempfile.mkdtemp(prefix="power-")) / "image"
+    _run("cp", "--sparse=always", image, kept)
+    return kept
 
 
 def _story(image: Image) -> Iterator[str]:
     if image.wrong:
         cut, lost = image.cut, image.lost
         yield f"cut at {cut.at} ({cut.why}), {lost.lost} of {lost.cached} blocks in the cache lost:"
+        yield f"mount -o loop,ro,noload {image.kept} shows it"
         yield from (f"    {each}" for each in image.wrong)
 
 

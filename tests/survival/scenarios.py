@@ -131,14 +131,31 @@ class Operator:
         self._http = life.http()
         self._life = life
         self._watching: dict[str, Thread] = {}
+        self._codes: dict[str, int | str | None] = {}
+        self._looks: dict[str, tuple[object, ...]] = {}
 
     def close(self) -> None:
         self._http.close()
         for watching in self._watching.values():
             watching.join(PATIENCE)
 
+    def see_end(self, *, spared: bool) -> None:
+        """All that is watched has ended, and who watches is told so; something happened to those who are `spared`."""
+        for session_id, watching in self._watching.items():
+            watching.join(HEALS_WITHIN)
+            assert not watching.is_alive(), f"a viewer of {session_id} is not told of its end"
+            code = self._codes.get(session_id)
+            assert spared or code == 1000, f"a viewer of {session_id} was closed with {code}"
+
     def look(self, session_id: str) -> dict[str, Any]:
-        return self._answered(Request(method="GET", path=f"/sessions/{session_id}"))[1]
+        """How it stands now; it goes into the log when it stands otherwise than before."""
+        asked = Request(method="GET", path=f"/sessions/{session_id}")
+        status, handle = self._answered(asked)
+        told = (handle.get("head_seq"), handle.get("state"))
+        if status == 200 and self._looks.get(session_id) != told:
+            self._looks[session_id] = told
+            self.lab.log.note(msgspec.structs.replace(asked, status=status, answer=handle))
+        return handle
 
     def settled(self, handle: dict[str, Any]) -> dict[str, Any]:
         """The handle, once the gate has said what it has to say, or something is in its way for long."""
@@ -195,8 +212,9 @@ class Operator:
                 while True:
                     frames.append(socket.recv(decode=False))
         except websockets.exceptions.ConnectionClosed as closed:
-            code = closed.rcvd.code if closed.rcvd else None
-        except (OSError, EOFError, websockets.exceptions.WebSocketException):
+            self._codes[session_id] = code = closed.rcvd.code if closed.rcvd else None
+        except (OSError, EOFError, websockets.exceptions.WebSocketException) as refused:
+            self._codes[session_id] = str(refused)
             return
         self.lab.log.saw(Watched(session_id=session_id, after=after, frames=tuple(frames), close_code=code))
 
@@ -245,9 +263,9 @@ class Course:
         self.name = scenario.name
         self.session_id: str | None = None
         self.destination: Path | None = None
-        self.driven_after = 0.0
         self.ended: str | None = None
-        self._must_recover: int | None = None
+        self._left_at: int | None = None
+        self._owed: set[int] = set()
         self._cancelled = False
         self.excused: set[tuple[str, str]] = set()
         """Further ends, as state and code, that what was done to the session explains."""
@@ -255,18 +273,21 @@ class Course:
     def go(self, operator: Operator) -> None:
         """Until the end. Raises Gone when the service dies, and AssertionError when it ends otherwise than it must.
 
-        `driven_after` tells how many seconds it took until a restarted service had taken the session up.
+        So it does when a restarted service has not taken the session up in time.
         """
-        begun, head = time.monotonic(), self._head()
-        taken_up = False
-        _, handle = operator.post("/sessions", self._asked, self.key)
+        begun, taken_up = time.monotonic(), False
+        status, handle = operator.post("/sessions", self._asked, self.key)
+        assert status == 201, f"{self.key}: it was answered {status}: {handle}"
         self.session_id = handle["session_id"]
         operator.watch(self.session_id)
         while True:
             self.destination = Path(handle["destination"]) if handle["destination"] else None
             if not taken_up:
-                self.driven_after = time.monotonic() - begun
-                taken_up = handle["head_seq"] > head or handle["state"] in (*TERMINAL, "input_required")
+                waited = time.monotonic() - begun
+                moved = handle["head_seq"] > (self._left_at or 0)
+                taken_up = moved or handle["state"] in (*TERMINAL, "input_required")
+                late = self._left_at is not None and waited > HEALS_WITHIN
+                assert not late, f"{self.key}: {waited:.1f} s after the restart it is where it was"
             if handle["state"] in TERMINAL:
                 break
             assert time.monotonic() < begun + PATIENCE, f"{self.key}: it does not end: {handle}"
@@ -283,12 +304,9 @@ class Course:
         """
         state, cancel, head = self._stored("state, cancel, head_seq") or ("done", None, 0)
         self._cancelled = cancel is not None and state not in TERMINAL
-        at_work = state not in (*TERMINAL, "input_required") and not self._cancelled
-        self._must_recover = head + 1 if at_work else None
-
-    def _head(self) -> int:
-        """The newest event that a dead service has left in the store."""
-        return int((self._stored("head_seq") or (0,))[0])
+        self._left_at = head
+        if state not in (*TERMINAL, "input_required") and not self._cancelled:
+            self._owed.add(head + 1)
 
     def _stored(self, columns: str) -> tuple[Any, ...] | None:
         """What the row of the session says, if there is one."""
@@ -303,6 +321,8 @@ class Course:
 
     def _judge(self, handle: dict[str, Any]) -> None:
         self._is_recovered(handle)
+        if self._scenario.prepare is _take_disk_away:
+            assert not self.lab.away().exists(), f"{self.key}: it has ended without its disk"
         wanted = (self._scenario.ends, self._scenario.code)
         found = (handle["state"], (handle["error"] or {}).get("code"))
         self.ended = handle["state"]
@@ -315,11 +335,12 @@ class Course:
 
     def _is_recovered(self, handle: dict[str, Any]) -> None:
         """A cancel may be quicker than the word of it."""
-        if self._must_recover is None or handle["state"] == "aborted":
+        if handle["state"] == "aborted":
             return
         kept = "SELECT kind FROM events WHERE session_id = ? AND seq = ?"
-        kind = self._read(kept, self.session_id, self._must_recover)
-        assert kind == ("recovered",), f"{self.key}: after the death came {kind}, event {self._must_recover}"
+        for seq in self._owed:
+            kind = self._read(kept, self.session_id, seq)
+            assert kind == ("recovered",), f"{self.key}: after a death came {kind}, event {seq}"
 
 
 def _answer(operator: Operator, handle: dict[str, Any], key: str) -> None:

@@ -33,10 +33,11 @@ from app.sessions import consistency
 from tests.offspring import offspring
 from tests.service import PATIENCE
 from tests.survival.crowd import Crowd, reading
-from tests.survival.deaths import RESTART_CALLS
+from tests.survival.deaths import RESTART_CALLS, die_at
+from tests.survival.errors import SPARED, Disk, unexplained
 from tests.survival.invariants import fingerprint, violations_of_clients
-from tests.survival.knife import Call, Verdict
-from tests.survival.lanes import Fate, Fuse, contents, nothing_happens
+from tests.survival.invariants_disk import contents
+from tests.survival.lanes import Fate, Fuse
 from tests.survival.scenarios import HEALS_WITHIN, SCENARIOS, Course, Gone, Lab, Operator, empty_store
 from tests.survival.stage import ROOT, Life, Stage, staged
 
@@ -207,8 +208,11 @@ class Supervisor:
         self._report.statuses[status] += 1
         if status:
             self._died()
-        if status not in self.explained | ({0} if dismissed else set()) and not self._report.over.is_set():
-            self._report.blame(f"the service ended of itself, with {status}; its log: {self._lab.folder}.log")
+        why = None if status in (0, -signal.SIGKILL) else unexplained(life, status)
+        if status not in self.explained | ({0} if dismissed else set()):
+            why = f"the service ended of itself, with {status}"
+        if why is not None and not self._report.over.is_set():
+            self._report.blame(f"{why}; its log: {self._lab.folder}.log")
         self._report.over.wait(0.05)
 
     def _accompany(self, life: Life) -> None:
@@ -240,11 +244,15 @@ def _size(path: Path) -> int:
 
 
 class Fault(NamedTuple):
-    """What is done to a laboratory, from its begin to its end, and what of it may come of it."""
+    """What is done to a laboratory, from its begin to its end, if anything was; and what may come of it.
 
-    does: Callable[["Scene", random.Random], None]
+    `blinds`: the service may be unable to read its store, which is what a stream ends with 1011 for.
+    """
+
+    does: Callable[["Scene", random.Random], bool]
     ends: frozenset[End] = frozenset()
     statuses: frozenset[int] = frozenset()
+    blinds: bool = False
 
 
 _RENDER, _PLUGIN = ("failed", "render_failed"), ("failed", "plugin_failed")
@@ -252,109 +260,83 @@ _RECOVERY = ("failed", "recovery_limit_exceeded")
 _DEATHS = 3
 """As many unclean deaths in one step as end a session."""
 
-_SYNCS = frozenset({"fsync", "fdatasync"})
-_ERRORS = {
-    errno.ENOSPC: frozenset({"unlink", "unlinkat", "rmdir", "chmod", "fchmod", "fchmodat", "utimensat"}),
-    errno.EIO: frozenset[str](),
-    errno.EROFS: _SYNCS,
-}
-"""The errors of disks, and the calls that never end with them."""
 
-
-def _die_at(last: int) -> Fate:
-    def fate(number: int, _call: Call) -> Verdict:
-        return "die" if number == last else "go on"
-
-    return fate
-
-
-def _kill(scene: "Scene", chance: random.Random) -> None:
+def _kill(scene: "Scene", chance: random.Random) -> bool:
     """At any moment, or at a call."""
     call = chance.choice((0, chance.randint(1, 200)))
     life = scene.supervisor.await_life()
     scene.say(f"kill -9{f' at call {call}' if call else ''}")
     if call:
-        scene.light(_die_at(call), 5.0)
+        scene.light(die_at(call), 5.0)
     life.signal(signal.SIGKILL)
     scene.supervisor.await_life(but=life)
+    return True
 
 
-def _kill_twice(scene: "Scene", chance: random.Random) -> None:
+def _kill_twice(scene: "Scene", chance: random.Random) -> bool:
     call = chance.randint(1, RESTART_CALLS)
     life = scene.supervisor.await_life()
     scene.say(f"kill -9, and again at call {call} of the restart")
-    scene.supervisor.at_next_start = _die_at(call)
+    scene.supervisor.at_next_start = die_at(call)
     life.signal(signal.SIGKILL)
     scene.until(lambda: scene.supervisor.at_next_start is None, PATIENCE)
-    scene.until(lambda: scene.supervisor.fuse.fell is not None, 5.0)
-    scene.supervisor.fuse.light(nothing_happens)
+    twice = scene.until(lambda: scene.supervisor.fuse.fell is not None, 5.0)
+    scene.supervisor.fuse.put_out()
     scene.supervisor.await_life(but=life)
+    return twice
 
 
-def _stop(scene: "Scene", _chance: random.Random) -> None:
+def _stop(scene: "Scene", _chance: random.Random) -> bool:
     life = scene.supervisor.await_life()
     scene.say("SIGTERM")
     life.signal(signal.SIGTERM)
     scene.supervisor.await_life(but=life)
+    return True
 
 
-def _fail_once(scene: "Scene", chance: random.Random) -> None:
-    number, call = chance.choice(list(_ERRORS)), chance.randint(1, 100)
+def _fail_once(scene: "Scene", chance: random.Random) -> bool:
+    number, call = chance.choice(list(SPARED)), chance.randint(1, 100)
     scene.say(f"{errno.errorcode[number]} at call {call}")
-    scene.light(_failing(number, call, 0.0), 5.0)
+    return scene.light(Disk(number, call, 0.0), 5.0)
 
 
-def _fail_for_a_while(scene: "Scene", chance: random.Random) -> None:
-    number, call, seconds = chance.choice(list(_ERRORS)), chance.randint(1, 100), chance.uniform(0.5, 3.0)
+def _fail_for_a_while(scene: "Scene", chance: random.Random) -> bool:
+    number, call, seconds = chance.choice(list(SPARED)), chance.randint(1, 100), chance.uniform(0.5, 3.0)
     scene.say(f"{errno.errorcode[number]} at call {call}, and on its disk for {seconds:.1f} s")
-    scene.light(_failing(number, call, seconds), 5.0, seconds)
+    return scene.light(Disk(number, call, seconds), 5.0, seconds)
 
 
-def _failing(number: int, begin: int, seconds: float) -> Fate:
-    """A disk that fails from a call on, or the next one that can fail so; that call alone if it is for no time."""
-    begun: list[tuple[str, float]] = []
-
-    def fate(count: int, call: Call) -> Verdict:
-        if call.name in _ERRORS[number] or count < begin:
-            return "go on"
-        disk = call.path.partition("/")[0]
-        if not begun:
-            begun.append((disk, time.monotonic() + seconds))
-            return number
-        failing, until = begun[0]
-        return number if disk == failing and time.monotonic() < until else "go on"
-
-    return fate
-
-
-def _lock(scene: "Scene", chance: random.Random) -> None:
+def _lock(scene: "Scene", chance: random.Random) -> bool:
     seconds = chance.uniform(1.0, 8.0)
     scene.say(f"another program locks the store for {seconds:.1f} s")
     with closing(sqlite3.connect(scene.lab.store, isolation_level=None, timeout=PATIENCE)) as other:
         other.execute("BEGIN IMMEDIATE")
         scene.pass_by(seconds)
         other.execute("ROLLBACK")
+    return True
 
 
-def _read(scene: "Scene", _chance: random.Random) -> None:
+def _read(scene: "Scene", _chance: random.Random) -> bool:
     seconds = min(60.0, scene.plan.seconds / 10)
     scene.say(f"another program reads for {seconds:.1f} s")
     with reading(scene.lab.store) as other:
         other.execute("BEGIN")
         other.execute("SELECT count(*) FROM sessions").fetchone()
         scene.pass_by(seconds)
+    return True
 
 
-def _stall(scene: "Scene", chance: random.Random) -> None:
+def _stall(scene: "Scene", chance: random.Random) -> bool:
     seconds = chance.uniform(1.0, 3.0)
     life = scene.supervisor.await_life()
     scene.say(f"SIGSTOP for {seconds:.1f} s")
     life.signal(signal.SIGSTOP)
     scene.pass_by(seconds)
     life.signal(signal.SIGCONT)
+    return True
 
 
-def _kill_workers(scene: "Scene", chance: random.Random) -> None:
+def _kill_workers(scene: "Scene", chance: random.Random) -> bool:
     found = sorted(offspring(scene.supervisor.await_life().pid))
     chosen = chance.sample(found, chance.randint(min(1, len(found)), len(found)))
     scene.say(f"kill -9 of {len(chosen)} of its {len(found)} children")
@@ -363,9 +345,10 @@ def _kill_workers(scene: "Scene", chance: random.Random) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+    return bool(chosen)
 
 
-def _unmount(scene: "Scene", chance: random.Random) -> None:
+def _unmount(scene: "Scene", chance: random.Random) -> bool:
     seconds = chance.uniform(1.0, 5.0)
     staging = scene.lab.data / ".exlab-sessions"
     with scene.disk:
@@ -374,25 +357,28 @@ def _unmount(scene: "Scene", chance: random.Random) -> None:
         scene.pass_by(seconds)
         if staging.exists():
             scene.report.blame(f"something was made in the empty mount point: {sorted(staging.rglob('*'))}")
-            return
+            return True
         scene.lab.away().rename(staging)
+    return True
 
 
-def _cut(scene: "Scene", _chance: random.Random) -> None:
-    scene.say(f"{scene.crowd.cut()} viewers are cut off")
+def _cut(scene: "Scene", _chance: random.Random) -> bool:
+    cut = scene.crowd.cut()
+    scene.say(f"{cut} viewers are cut off")
+    return cut > 0
 
 
 FAULTS = {
     "killed": Fault(_kill, statuses=frozenset({-9})),
     "killed twice": Fault(_kill_twice, statuses=frozenset({-9})),
     "stopped": Fault(_stop, statuses=frozenset({0})),
-    "a call that fails": Fault(_fail_once, frozenset({_PLUGIN}), frozenset({70, 1})),
-    "a disk that fails": Fault(_fail_for_a_while, frozenset({_PLUGIN}), frozenset({70, 1})),
+    "a call that fails": Fault(_fail_once, frozenset({_PLUGIN}), frozenset({70, 1}), blinds=True),
+    "a disk that fails": Fault(_fail_for_a_while, frozenset({_PLUGIN}), frozenset({70, 1}), blinds=True),
     "locked": Fault(_lock),
     "read": Fault(_read),
     "stalled": Fault(_stall),
     "workers killed": Fault(_kill_workers, frozenset({_RENDER, _PLUGIN})),
-    "unmounted": Fault(_unmount),
+    "unmounted": Fault(_unmount, frozenset({_RENDER, _PLUGIN})),
     "cut": Fault(_cut),
 }
 _DISK_SCENARIOS = ("blocked", "unmounted")
@@ -448,7 +434,7 @@ class Scene:
             random.Random(f"{plan.seed} {lab.folder.name} viewers"),
             lab.store,
             url=self.supervisor.url,
-            trouble=self._in_trouble,
+            trouble=self._is_blind,
             blame=report.blame,
         )
         self._operators = [threading.Thread(target=self._work, daemon=True) for _ in range(plan.operators)]
@@ -473,14 +459,14 @@ class Scene:
                 return False
         return True
 
-    def light(self, fate: Fate, within: float, seconds: float = 0.0) -> None:
-        """Have a fate decide on the calls until it has struck, and for some seconds after that."""
+    def light(self, fate: Fate, within: float, seconds: float = 0.0) -> bool:
+        """Have a fate decide on the calls until it has struck, and for some seconds after that; whether it has."""
         fuse = self.supervisor.fuse
         fuse.light(fate)
         if self.until(lambda: fuse.fell is not None, within):
             self.say(f"    at {fuse.fell}")
             self.pass_by(seconds)
-        fuse.light(nothing_happens)
+        return fuse.put_out() is not None
 
     # Faults
 
@@ -492,26 +478,32 @@ class Scene:
             for course in self._courses:
                 course.excused |= fault.ends
         self.supervisor.explained = fault.statuses
-        fault.does(self, chance)
+        struck = fault.does(self, chance)
         if not self.report.over.is_set():
-            self.report.faults[name] += 1
+            self.report.faults[name] += struck
             self._heal(name)
         self.supervisor.explained = frozenset()
         with self._guard:
-            self._fault, self._calm_at = None, time.monotonic() + _AFTERMATH
+            self._fault = None
+            self._calm_at = time.monotonic() + _AFTERMATH if fault.blinds else self._calm_at
 
-    def _in_trouble(self) -> bool:
-        return self._fault is not None or time.monotonic() < self._calm_at
+    def _is_blind(self) -> bool:
+        """Whether the service may be unable to read its store, or a viewer not have heard yet that it was."""
+        fault = self._fault
+        return (fault is not None and fault.blinds) or time.monotonic() < self._calm_at
 
     def _heal(self, name: str) -> None:
         """Wait until the service is ready, and every session that lives has moved or waits for its operator."""
         begun = time.monotonic()
-        held_up = {each: (standing, begun + HEALS_WITHIN) for each, standing in self._standing().items()}
+        held_up = {
+            each: _patient(standing._replace(retry_at=None), standing, begun + HEALS_WITHIN)
+            for each, standing in self._standing().items()
+        }
         ready = False
         while (held_up or not ready) and not self.report.over.wait(0.05):
             now = self._standing()
             held_up = {
-                each: (then, _patience(then, now[each], until))
+                each: _patient(then, now[each], until)
                 for each, (then, until) in held_up.items()
                 if each in now and not _moved(then, now[each])
             }
@@ -675,12 +667,12 @@ def _moved(then: _Standing, now: _Standing) -> bool:
     return now.waits or now.head_seq > then.head_seq
 
 
-def _patience(then: _Standing, now: _Standing, until: float) -> float:
-    """Until when a session may stand still: one that waits for something to pass, until it has looked again."""
-    if now.retry_at is None:
-        return until
+def _patient(then: _Standing, now: _Standing, until: float) -> tuple[_Standing, float]:
+    """Until when a session may stand still: one that waits for something to pass, until it has looked once again."""
+    if then.retry_at is not None or now.retry_at is None:
+        return then, until
     wait = (datetime.fromisoformat(now.retry_at) - datetime.now(UTC)).total_seconds()
-    return max(until, time.monotonic() + wait + HEALS_WITHIN)
+    return now, max(until, time.monotonic() + wait + HEALS_WITHIN)
 
 
 # The whole

@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -38,8 +39,9 @@ _LOADED_LATE = (
 class Life:
     """One service from its start to its end."""
 
-    def __init__(self, line: socket.socket, output: int, pid: int) -> None:
+    def __init__(self, line: socket.socket, output: int, pid: int, log: Path, begun: int) -> None:
         self.pid = pid
+        self._log, self._begun = log, begun
         self._line = line
         self._output = os.fdopen(output)
         self._status: int | None = None
@@ -47,10 +49,18 @@ class Life:
         self.url = ""
 
     def await_ready(self) -> bool:
-        """Whether it came as far as its ready line."""
+        """Whether it came as far as its ready line. Raises TimeoutError when it neither came so far nor ended."""
         if not self.url:
+            if not select.select([self._output], [], [], START_SECONDS)[0]:
+                raise TimeoutError(f"the service is neither ready nor ended after {START_SECONDS:g} s")
             self.url = (self._output.readline().split() or [""])[-1]
         return bool(self.url)
+
+    def said(self) -> str:
+        """What it has logged."""
+        with self._log.open(encoding="utf-8", errors="replace") as log:
+            log.seek(self._begun)
+            return log.read()
 
     def http(self, timeout: float = START_SECONDS) -> httpx.Client:
         return httpx.Client(base_url=f"{self.url}/api/v1", timeout=timeout)
@@ -120,7 +130,9 @@ class Stage:
         folder = config.parent
         line, far = socket.socketpair()
         output, printing = os.pipe()
-        with open(f"{folder}.log", "ab") as log:
+        logged = Path(f"{folder}.log")
+        with logged.open("ab") as log:
+            begun = log.tell()
             asked = {"config": str(config), "options": options, "environment": dict(environment)}
             with self._asking:
                 socket.send_fds(
@@ -132,7 +144,7 @@ class Stage:
         far.close()
         os.close(printing)
         told, handed, _, _ = socket.recv_fds(line, 64, 1)
-        life = Life(line, output, int(told))
+        life = Life(line, output, int(told), logged, begun)
         if decide is not None:
             life.knife = Knife(handed[0], life.pid, folder, decide)
         line.send(b"!")

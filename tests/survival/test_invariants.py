@@ -34,6 +34,7 @@ from tests.survival.invariants import (
     violations,
     violations_of_clients,
 )
+from tests.survival.invariants_disk import contents
 
 CALLER = Caller(principal="local", trace_id="trace")
 EQUIPMENT = Equipment(id="EQ", label="Confocal", local_root="/data", nas_root="/nas")
@@ -273,8 +274,6 @@ async def made(folder: Path) -> Lab:
     outside = folder / "templates"
     outside.mkdir()
     (outside / "copier.yml").write_text("_exlab_type: run\n")
-    ours = frozenset({"notes.txt", "README.md"})
-    ours |= {".exlab-wizard/creation.json", ".exlab-wizard/readme_fields.json"}
     eq = making.root / "EQ"
     places = (
         eq / "PROJ-1",
@@ -283,7 +282,7 @@ async def made(folder: Path) -> Lab:
     )
     expected = Expected(
         local_root=making.root,
-        complete={str(place): ours for place in places},
+        complete={str(place): contents(place) for place in places},
         untouched={each: fingerprint(each) for each in (outside, foreign)},
         foreign=frozenset({str(foreign)}),
     )
@@ -969,9 +968,11 @@ PLANTED: dict[str, tuple[Plant, str]] = {
         file("again", ".exlab-wizard/readme_fields.json", None),
         "has no .exlab-wizard/readme",
     ),
-    "a file that is missing": (file("asked", "notes.txt", None), "it lacks ['notes.txt']"),
-    "a file too many": (file("asked", "data/more.txt"), "has besides ['data/more.txt']"),
-    "a project with a file too many": (file("project", "more.txt"), "has besides ['more.txt']"),
+    "a file that is missing": (file("asked", "notes.txt", None), "it lacks ['notes.txt ("),
+    "a file that is cut short": (file("asked", "notes.txt", "Ta"), "it lacks ['notes.txt ("),
+    "provenance that is empty": (file("again", "README.md", ""), "README.md (rubble)"),
+    "a file too many": (file("asked", "data/more.txt"), "has besides ['data/more.txt ("),
+    "a project with a file too many": (file("project", "more.txt"), "has besides ['more.txt ("),
     "a result elsewhere": (row("asked", "result = json_set(result, '$.path', '/x')"), "its result says /x"),
     "a destination at no place": (
         row("refused", "destination = local_root || '/x', local_root = '/data', destination = '/data/EQ/x'"),

@@ -12,4 +12,4 @@ def test_under_load_and_faults_all_sessions_end_and_all_viewers_see_what_is_stor
     report = soak(Plan(seconds=18.0, seed=SEED, viewers=20), tell=told.append)
     print("\n" + "\n".join(told))
     assert not report.wrong
-    assert len(report.faults) >= 2 and report.ends and report.frames
+    assert report.faults.total() and report.ends and report.frames
