@@ -572,7 +572,7 @@ def _is_unreadable_for_good(session: Session, error: OSError) -> bool:
 
 
 def _not_mounted(root: Path) -> BlockedOn:
-    return BlockedOn("not_mounted", f"the data root is not mounted: {root} has no {publish.STAGING} folder")
+    return BlockedOn("not_mounted", f"the file system is not mounted: {root}")
 
 
 def _may_be_there(tree: Path | None) -> bool:

@@ -50,6 +50,8 @@ _LOOK_SECONDS = 0.05
 _AFTERMATH = 5.0
 """Seconds after a fault in which it may still explain what a client is told."""
 _AT_REST = 30.0
+_AT_LAST = 45.0
+"""Seconds after a fault by which every session must have moved."""
 _MEBIBYTE = 1024 * 1024
 
 End = tuple[str, str]
@@ -495,15 +497,13 @@ class Scene:
     def _heal(self, name: str) -> None:
         """Wait until the service is ready, and every session that lives has moved or waits for its operator."""
         begun = time.monotonic()
-        held_up = {
-            each: _patient(standing._replace(retry_at=None), standing, begun + HEALS_WITHIN)
-            for each, standing in self._standing().items()
-        }
+        at_last = begun + _AT_LAST
+        held_up = {each: (standing, begun + HEALS_WITHIN) for each, standing in self._standing().items()}
         ready = False
         while (held_up or not ready) and not self.report.over.wait(0.05):
             now = self._standing()
             held_up = {
-                each: _patient(then, now[each], until)
+                each: (then, _patience(now[each], until, at_last))
                 for each, (then, until) in held_up.items()
                 if each in now and not _moved(then, now[each])
             }
@@ -667,12 +667,15 @@ def _moved(then: _Standing, now: _Standing) -> bool:
     return now.waits or now.head_seq > then.head_seq
 
 
-def _patient(then: _Standing, now: _Standing, until: float) -> tuple[_Standing, float]:
-    """Until when a session may stand still: one that waits for something to pass, until it has looked once again."""
-    if then.retry_at is not None or now.retry_at is None:
-        return then, until
+def _patience(now: _Standing, until: float, at_last: float) -> float:
+    """Until when a session may stand still: one that waits for something to pass, until it has looked again.
+
+    What it waits for may come again: other sessions take their disk away. In the end it must have passed.
+    """
+    if now.retry_at is None:
+        return until
     wait = (datetime.fromisoformat(now.retry_at) - datetime.now(UTC)).total_seconds()
-    return now, max(until, time.monotonic() + wait + HEALS_WITHIN)
+    return max(until, min(time.monotonic() + wait + HEALS_WITHIN, at_last))
 
 
 # The whole

@@ -970,7 +970,7 @@ PLANTED: dict[str, tuple[Plant, str]] = {
     ),
     "a file that is missing": (file("asked", "notes.txt", None), "it lacks ['notes.txt ("),
     "a file that is cut short": (file("asked", "notes.txt", "Ta"), "it lacks ['notes.txt ("),
-    "provenance that is empty": (file("again", "README.md", ""), "README.md (rubble)"),
+    "provenance that is empty": (file("asked", "README.md", ""), "README.md (rubble)"),
     "a file too many": (file("asked", "data/more.txt"), "has besides ['data/more.txt ("),
     "a project with a file too many": (file("project", "more.txt"), "has besides ['more.txt ("),
     "a result elsewhere": (row("asked", "result = json_set(result, '$.path', '/x')"), "its result says /x"),
