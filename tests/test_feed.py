@@ -5,11 +5,12 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from app.sessions import lifecycle
 from app.sessions import store as store_module
-from app.sessions.feed import PAGE, Feed, Stopping
+from app.sessions.feed import PAGE, PAGE_BYTES, Feed, Stopping
 from app.sessions.lifecycle import State
 from app.sessions.session import Frame, Session
 from app.sessions.store import Store
@@ -110,6 +111,22 @@ async def test_a_long_history_comes_in_pages(store: Store, feed: Feed) -> None:
     pages = [page async for page in feed.follow(session.session_id, 0)]
     assert all(len(page) <= PAGE for page in pages)
     assert [frame.seq for page in pages for frame in page] == list(range(1, 1204))
+
+
+async def test_no_more_is_held_for_a_follower_than_a_page_has_room_for(store: Store, feed: Feed) -> None:
+    question = msgspec.Raw(b'{"id": "lot", "label": "%s"}' % (b"x" * 100_000))
+    for number in range(30):
+        session = await walk(store, State.PLUGIN_PASS)
+        asked = lifecycle.Asked(prompt_id=str(number), plugin="p", file=None, reason="?", fields=(question,))
+        await store.record(session, asked)
+    told = rows(store.path, "SELECT frame FROM events ORDER BY position")
+    pages = list[list[Frame]]()
+    async with aclosing(feed.follow_all(0)) as following:
+        while sum(map(len, pages)) < len(told):
+            pages.append(await anext(following))
+    sizes = [sum(len(frame.data) for frame in page) for page in pages]
+    assert max(sizes) < PAGE_BYTES + 101_000
+    assert [frame.data.decode() for page in pages for frame in page] == [frame for (frame,) in told]
 
 
 @pytest.mark.parametrize("cached", [store_module.CACHED_BYTES, 3000], ids=["from memory", "from disk"])

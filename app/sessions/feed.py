@@ -16,6 +16,8 @@ from app.sessions.store import Store
 log = structlog.get_logger()
 
 PAGE = 500
+PAGE_BYTES = 1024 * 1024
+"""What is held for a follower: so many frames, and no more than this but for the last of them."""
 
 
 class Stopping(Exception):
@@ -47,7 +49,7 @@ class Feed:
             with self._store.bell(session_id) as bell:
                 while not self.stopping:
                     bell.clear()
-                    page = await self._store.frames_after(session_id, cursor, PAGE)
+                    page = _bounded(await self._store.frames_after(session_id, cursor, PAGE))
                     if page:
                         cursor = page[-1].seq
                         yield page
@@ -70,7 +72,7 @@ class Feed:
             with self._store.bell(None) as bell:
                 while not self.stopping:
                     bell.clear()
-                    page = await self._store.feed_after(position, PAGE)
+                    page = _bounded(await self._store.feed_after(position, PAGE))
                     if page:
                         position = page[-1].position
                         yield page
@@ -79,3 +81,13 @@ class Feed:
                 raise Stopping
         finally:
             self.followers -= 1
+
+
+def _bounded(page: list[Frame]) -> list[Frame]:
+    """As much of a page as may be held for somebody who takes it slowly; the rest is read again."""
+    size = 0
+    for number, frame in enumerate(page, 1):
+        size += len(frame.data)
+        if size >= PAGE_BYTES:
+            return page[:number]
+    return page

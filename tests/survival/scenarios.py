@@ -6,6 +6,7 @@ as a frontend does it. What was asked and answered, and what was watched, goes i
 """
 
 import itertools
+import re
 import shutil
 import sqlite3
 import time
@@ -29,6 +30,8 @@ from tests.survival.stage import Life
 HEALS_WITHIN = 10.0
 """Seconds after a restart within which every session has been driven on."""
 _LOOK_SECONDS = 0.02
+_OF_STATE = re.compile(r"sessions\.sqlite3(-wal|-shm|\.lock|\.lock\.pid|\.note)?|server\.json|\..*\.tmp")
+"""The names in the state folder; a draft that a death has left is used again."""
 TERMINAL = ("done", "failed", "aborted")
 
 _NOTES = {"notes.txt": "Taken.\n", "data/about.txt": "Put it here.\n"}
@@ -120,11 +123,21 @@ class Lab:
             untouched=self.untouched,
             foreign=frozenset(self.foreign),
         )
-        return violations(self.store, self.log, expected)
+        return [*violations(self.store, self.log, expected), *self._strays()]
+
+    def _strays(self) -> Iterator[str]:
+        """What lies where nothing of the service's belongs; below the data root that is for the others to say."""
+        for path in (*self.folder.iterdir(), *self.store.parent.iterdir()):
+            known = path in self.untouched or path in (self.data, self.store.parent, self.away())
+            if not known and not _OF_STATE.fullmatch(path.name):
+                yield f"{path} was made"
 
 
 class Operator:
     """A program that asks, writes down what came of it, and is to ask again when nothing did."""
+
+    away_seconds = 0.0
+    """How long the disk stays away after that was noticed."""
 
     def __init__(self, lab: Lab, life: Life) -> None:
         self.lab = lab
@@ -378,6 +391,7 @@ def _take_disk_away(lab: Lab) -> None:
 
 def _put_disk_back(operator: Operator, handle: dict[str, Any], key: str) -> None:
     if handle["blocked_on"] is not None and operator.lab.away().exists():
+        time.sleep(operator.away_seconds)
         operator.lab.away().rename(operator.lab.data / ".exlab-sessions")
 
 

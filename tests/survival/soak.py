@@ -391,7 +391,12 @@ _DISK_SCENARIOS = ("blocked", "unmounted")
 
 
 class _Calm(Operator):
-    """An operator who does not look as often as the machine allows."""
+    """An operator who does not look as often as the machine allows.
+
+    A disk that is away for a moment only does not exist: whoever met that must have time to notice.
+    """
+
+    away_seconds = 1.5
 
     def look(self, session_id: str) -> dict[str, Any]:
         time.sleep(_LOOK_SECONDS)

@@ -8,7 +8,7 @@ from tests.survival.shares import SEED, SHARE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the kernel of another system decides on no calls")
 
-OF_ALL = 0.06
+OF_ALL = 0.1
 """Of all points, what a share of one tries in a run of the tests; the command tries every one."""
 
 
