@@ -1,10 +1,11 @@
 """The calls by which a process, or anything that it starts, changes files below a folder: seen, counted, decided on.
 
-It promises that each call of `CALLS` waits at the door of the kernel until `decide` has said whether it happens, fails
-with an error, or finds that its service has just been killed; so the n-th call is the n-th of the whole service,
-threads and children included, and a death falls between two calls. It uses seccomp's user notifications (Linux
-5.9 and newer, x86-64); who may install a filter without privileges has given up new ones first. Memory that is mapped is changed
-without a call, and calls that neither Python nor SQLite makes here are not in the table. What is killed when, and what must hold afterwards, is left to others.
+It promises that each call of `CALLS` waits at the door of the kernel until `decide` has said whether it happens,
+fails with an error, or finds that its service has just been killed; so the n-th call is the n-th of the whole
+service, threads and children included, and a death falls between two calls. It uses seccomp's user notifications
+(Linux 5.9 and newer, x86-64); who may install a filter without privileges has given up new ones first. Memory that is
+mapped is changed without a call, and calls that nothing here makes are not in the table. What is killed when, and what
+must hold afterwards, is left to others.
 """
 
 import ctypes
