@@ -64,6 +64,7 @@ _ON_ROOT = (State.VALIDATING, State.RENDERING, *_WITH_TREE[:-1])
 
 RETRY_SECONDS = (1, 2, 4, 8, 10)
 UNREADABLE_AFTER = timedelta(minutes=10)
+"""How long a tree that is about to be published may be unreadable before it is given up."""
 
 
 class Pipeline:
