@@ -39,6 +39,7 @@ import websockets.sync.client
 
 from app.connections import CHECKPOINT_BYTES
 from tests.survival.invariants import Log, Request, Watched, fingerprint, violations_of_clients
+from tests.survival.invariants_disk import contents
 from tests.survival.scenarios import SCENARIOS, Course, Gone, Lab, Operator, Scenario, empty_store
 from tests.survival.stage import ROOT, Life, Stage, staged
 
@@ -423,7 +424,7 @@ class _Play:
         self._ended[course.key] = self.told.now()
         if course.ended == "done" and course.destination is not None:
             self.files[course.destination] = _files(course.destination)
-            self.lab.complete[str(course.destination)] = frozenset(self.files[course.destination])
+            self.lab.complete[str(course.destination)] = contents(course.destination)
 
     def go_back(self, at: int) -> list[Course]:
         """Have the laboratory be as clients knew it at that time; the sessions that may have been asked for."""
