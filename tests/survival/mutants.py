@@ -491,8 +491,8 @@ _TABLE = (
         "a ring of the bell is lost",
         "app/sessions/feed.py",
         "                    bell.clear()\n"
-        "                    page = await self._store.frames_after(session_id, cursor, PAGE)\n",
-        "                    page = await self._store.frames_after(session_id, cursor, PAGE)\n"
+        "                    page = _bounded(await self._store.frames_after(session_id, cursor, PAGE))\n",
+        "                    page = _bounded(await self._store.frames_after(session_id, cursor, PAGE))\n"
         "                    bell.clear()\n",
         Tests("tests/test_feed.py::test_what_is_committed_while_a_follower_reads_is_not_slept_through"),
     ),
@@ -563,8 +563,10 @@ class Trial(NamedTuple):
 
 
 def plant(mutant: Mutant, root: Path) -> None:
+    """Raises ValueError where the line is not, or more than once."""
     path = root / mutant.path
-    path.write_text(path.read_text().replace(mutant.line, mutant.planted))
+    before, after = path.read_text().split(mutant.line)
+    path.write_text(before + mutant.planted + after)
 
 
 def _hunted(name: str) -> Trial:
