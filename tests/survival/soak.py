@@ -50,7 +50,7 @@ _LOOK_SECONDS = 0.05
 _AFTERMATH = 5.0
 """Seconds after a fault in which it may still explain what a client is told."""
 _AT_REST = 30.0
-_AT_LAST = 45.0
+_AT_LAST = 25.0
 """Seconds after a fault by which every session must have moved."""
 _MEBIBYTE = 1024 * 1024
 
@@ -500,28 +500,33 @@ class Scene:
         return (fault is not None and fault.blinds) or time.monotonic() < self._calm_at
 
     def _heal(self, name: str) -> None:
-        """Wait until the service is ready, and every session that lives has moved or waits for its operator."""
-        begun = time.monotonic()
-        at_last = begun + _AT_LAST
-        held_up = {each: (standing, begun + HEALS_WITHIN) for each, standing in self._standing().items()}
-        ready = False
-        while (held_up or not ready) and not self.report.over.wait(0.05):
-            now = self._standing()
-            held_up = {
-                each: (then, _patience(now[each], until, at_last))
-                for each, (then, until) in held_up.items()
-                if each in now and not _moved(then, now[each])
-            }
-            ready = ready or self._is_ready()
-            late = [each for each, (_, until) in held_up.items() if time.monotonic() > until]
-            if late or (not ready and time.monotonic() > begun + HEALS_WITHIN):
-                facts = {each: now[each] for each in late}
-                self.report.blame(
-                    f"{name}: {HEALS_WITHIN:g} s later the service is ready: {ready}, and stuck are {facts}"
-                )
+        """Wait until the service is ready, and every session that lives has moved or waits for its operator.
+
+        Nobody takes the disk away meanwhile; who has it away just now is waited for.
+        """
+        begun, before = time.monotonic(), self._standing()
+        if not self.until(self._is_ready, HEALS_WITHIN) and not self.report.over.is_set():
+            self.report.blame(f"{name}: the service is not ready {HEALS_WITHIN:g} s later")
+        with self.disk:
+            self._see_moved(name, before)
         took = time.monotonic() - begun
         self.report.healing.append(took)
         self.say(f"    {name}: healed after {took:.1f} s")
+
+    def _see_moved(self, name: str, before: dict[str, _Standing]) -> None:
+        begun = time.monotonic()
+        held_up = {each: (standing, begun + HEALS_WITHIN) for each, standing in before.items()}
+        while held_up and not self.report.over.wait(0.05):
+            now = self._standing()
+            held_up = {
+                each: (then, _patience(now[each], until, begun + _AT_LAST))
+                for each, (then, until) in held_up.items()
+                if each in now and not _moved(then, now[each])
+            }
+            late = [each for each, (_, until) in held_up.items() if time.monotonic() > until]
+            if late:
+                facts = {each: now[each] for each in late}
+                self.report.blame(f"{name}: {time.monotonic() - begun:.1f} s later these are stuck: {facts}")
 
     def _is_ready(self) -> bool:
         life = self.supervisor.life
@@ -673,10 +678,7 @@ def _moved(then: _Standing, now: _Standing) -> bool:
 
 
 def _patience(now: _Standing, until: float, at_last: float) -> float:
-    """Until when a session may stand still: one that waits for something to pass, until it has looked again.
-
-    What it waits for may come again: other sessions take their disk away. In the end it must have passed.
-    """
+    """Until when a session may stand still: one that waits for something to pass, until it has looked again."""
     if now.retry_at is None:
         return until
     wait = (datetime.fromisoformat(now.retry_at) - datetime.now(UTC)).total_seconds()
