@@ -229,5 +229,19 @@ def _obeyed(_number: int, _frame: object) -> None:
 def _die(broken: StoreBroken) -> None:
     """Stop at once, from whichever thread: nothing more may be promised on this store."""
     log.critical("The store may be lying; the service stops. Its restart recovers.", why=str(broken))
-    print(f"exlab-sessions: the store may be lying, stopping at once: {broken}", file=sys.stderr, flush=True)
-    os._exit(BROKEN_STORE)
+    try:
+        _say_at_last(f"exlab-sessions: the store may be lying, stopping at once: {broken}\n")
+    finally:
+        os._exit(BROKEN_STORE)
+
+
+def _say_at_last(word: str) -> None:
+    """Say it to standard error, so that nothing which another thread still logs comes after it."""
+    said = sys.stderr.fileno()
+    try:
+        kept = os.dup(said)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), said)
+        said = kept
+    except OSError:  # without file handles it may be the last word but one
+        log.warning("Standard error could not be kept.")
+    os.write(said, word.encode(errors="backslashreplace"))
