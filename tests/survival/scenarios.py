@@ -30,7 +30,9 @@ from tests.survival.stage import Life
 HEALS_WITHIN = 10.0
 """Seconds after a restart within which every session has been driven on."""
 _LOOK_SECONDS = 0.02
-_OF_STATE = re.compile(r"sessions\.sqlite3(-wal|-shm|\.lock|\.lock\.pid|\.note|\.before-.+)?|server\.json|\..*\.tmp")
+_OF_STATE = re.compile(
+    r"sessions\.sqlite3(-wal|-shm|\.lock|\.lock\.pid|\.note|\.before-.+)?|server\.json|\..*\.tmp"
+)
 """The names in the state folder; a draft that a death has left is used again."""
 TERMINAL = ("done", "failed", "aborted")
 
